@@ -1,0 +1,47 @@
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "core/check.h"
+#include "layout/layout.h"
+
+namespace tmac {
+
+namespace py = pybind11;
+
+// Arrays as they are: a wrong dtype or order is an error, never a silent copy.
+template <typename T>
+const T* array_data(const py::array& array, const char* name, int64_t size, const char* dtype) {
+  check_argument(array.dtype().is(py::dtype(dtype)) ||
+                     array.dtype().equal(py::dtype(dtype)),
+                 name, " must be of dtype ", dtype, ", not ",
+                 py::str(array.dtype()).cast<std::string>());
+  check_argument((array.flags() & py::array::c_style) != 0, name, " must be C-contiguous");
+  check_argument(array.size() == size, name, " must hold ", size, " values, not ", array.size());
+  return static_cast<const T*>(array.data());
+}
+
+inline OffsetKind parse_offset_kind(const std::string& text) {
+  if (text == "none") return OffsetKind::kNone;
+  if (text == "offset") return OffsetKind::kOffset;
+  if (text == "zero") return OffsetKind::kZero;
+  throw std::invalid_argument("offset_kind must be 'none', 'offset' or 'zero', not '" + text + "'");
+}
+
+inline LinearSpec parse_spec(int64_t m, int64_t k, int bits, int64_t group_size,
+                             const std::string& offset_kind, float zero) {
+  LinearSpec spec;
+  spec.m = m;
+  spec.k = k;
+  spec.bits = bits;
+  spec.group_size = group_size;
+  spec.offset_kind = parse_offset_kind(offset_kind);
+  spec.zero = zero;
+  check_spec(spec);
+  return spec;
+}
+
+}  // namespace tmac

@@ -1,0 +1,126 @@
+#include "model/decoder.h"
+
+#include <pybind11/stl.h>
+
+#include <memory>
+
+#include "bindings/linear.h"
+
+namespace tmac {
+namespace {
+
+using namespace py::literals;
+
+// A decoder in Python's hands: keeps the matrices and norms alive that it reads.
+struct PyDecoder {
+  std::vector<py::object> keep_alive;
+  std::unique_ptr<Decoder> decoder;
+};
+
+class WeightReader {
+ public:
+  explicit WeightReader(std::vector<py::object>* keep_alive) : keep_alive_(keep_alive) {}
+
+  Linear linear(const py::handle& object) const {
+    keep_alive_->push_back(py::reinterpret_borrow<py::object>(object));
+    return object.cast<const PyLinear&>().linear;
+  }
+  const float* norm(const py::handle& object, const char* name, int64_t size) const {
+    const auto array = object.cast<py::array>();
+    keep_alive_->push_back(array);
+    return array_data<float>(array, name, size, "float32");
+  }
+
+ private:
+  std::vector<py::object>* keep_alive_;
+};
+
+std::unique_ptr<PyDecoder> make_decoder(const py::object& embed_tokens, const py::object& lm_head,
+                                        const py::object& final_norm, const py::list& layers,
+                                        int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
+                                        float rms_norm_eps, const py::array& inv_freq,
+                                        float rope_attention_scale, int64_t sliding_window,
+                                        const std::string& tables) {
+  DecoderConfig config;
+  config.n_heads = n_heads;
+  config.n_kv_heads = n_kv_heads;
+  config.head_dim = head_dim;
+  config.rms_norm_eps = rms_norm_eps;
+  const auto* frequencies = array_data<float>(inv_freq, "inv_freq", head_dim / 2, "float32");
+  config.inv_freq.assign(frequencies, frequencies + head_dim / 2);
+  config.rope_attention_scale = rope_attention_scale;
+  config.sliding_window = sliding_window;
+  config.tables = parse_tables(tables);
+
+  auto self = std::make_unique<PyDecoder>();
+  const WeightReader read(&self->keep_alive);
+  DecoderWeights weights;
+  weights.embed_tokens = read.linear(embed_tokens);
+  weights.lm_head = read.linear(lm_head);
+  const int64_t hidden = weights.embed_tokens.spec.k;
+  weights.final_norm = read.norm(final_norm, "final_norm", hidden);
+  for (const py::handle& item : layers) {
+    const auto layer = item.cast<py::dict>();
+    LayerWeights w;
+    w.input_norm = read.norm(layer["input_norm"], "input_norm", hidden);
+    w.post_attention_norm = read.norm(layer["post_attention_norm"], "post_attention_norm", hidden);
+    w.q = read.linear(layer["q_proj"]);
+    w.k = read.linear(layer["k_proj"]);
+    w.v = read.linear(layer["v_proj"]);
+    w.o = read.linear(layer["o_proj"]);
+    w.gate = read.linear(layer["gate_proj"]);
+    w.up = read.linear(layer["up_proj"]);
+    w.down = read.linear(layer["down_proj"]);
+    weights.layers.push_back(w);
+  }
+  self->decoder = std::make_unique<Decoder>(std::move(config), std::move(weights));
+  return self;
+}
+
+py::array_t<float> forward(PyDecoder& self, const py::array& ids, KvCache& cache, ThreadPool& pool,
+                           const std::string& logits) {
+  check_argument(logits == "last" || logits == "all", "logits must be 'last' or 'all', not '",
+                 logits, "'");
+  const int64_t n = ids.size();
+  const auto* data = array_data<int32_t>(ids, "ids", n, "int32");
+  const bool all = logits == "all";
+  py::array_t<float> out({all ? n : 1, self.decoder->vocab()});
+  float* rows = out.mutable_data();
+  py::gil_scoped_release release;
+  self.decoder->forward(data, n, all, cache, pool, rows);
+  return out;
+}
+
+}  // namespace
+
+void bind_decoder(py::module_& module) {
+  py::class_<ThreadPool>(module, "ThreadPool", "A team of threads that models share.")
+      .def(py::init<int>(), "threads"_a)
+      .def_property_readonly("threads", &ThreadPool::threads);
+
+  py::class_<KvCache>(module, "KvCache", "fp16 keys and values of one sequence.")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::kw_only(), "n_layers"_a,
+           "n_kv_heads"_a, "head_dim"_a, "n_ctx"_a)
+      .def_property_readonly("pos", &KvCache::pos, "Tokens held.")
+      .def_property_readonly("n_ctx", &KvCache::n_ctx)
+      .def_property_readonly("nbytes", &KvCache::nbytes, "Bytes when full.")
+      .def(
+          "truncate",
+          [](KvCache& self, int64_t pos) {
+            const KvCache::Use use(self);
+            self.truncate(pos);
+          },
+          "pos"_a, "Forgets the tokens from `pos` on.");
+
+  py::class_<PyDecoder>(module, "Decoder",
+                        "Const weights of one model; shared by every cache and thread.")
+      .def(py::init(&make_decoder), py::kw_only(), "embed_tokens"_a, "lm_head"_a, "final_norm"_a,
+           "layers"_a, "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "rms_norm_eps"_a, "inv_freq"_a,
+           "rope_attention_scale"_a, "sliding_window"_a, "tables"_a)
+      .def_property_readonly("vocab_size",
+                             [](const PyDecoder& self) { return self.decoder->vocab(); })
+      .def("forward", &forward, "ids"_a, "cache"_a, "pool"_a, py::kw_only(), "logits"_a = "last",
+           "Appends the tokens to the cache; logits [1, vocab] of the last or [n, vocab] of all.");
+}
+
+}  // namespace tmac

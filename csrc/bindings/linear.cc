@@ -1,0 +1,117 @@
+#include "bindings/linear.h"
+
+#include <memory>
+
+namespace tmac {
+namespace {
+
+using namespace py::literals;
+
+py::array_t<uint8_t> pack_codes(const py::array& codes, const py::array& scales,
+                                const py::object& offsets, int bits, int64_t group_size,
+                                const std::string& offset_kind) {
+  check_argument(codes.ndim() == 2, "codes must be a matrix [m, k]");
+  const LinearSpec spec =
+      parse_spec(codes.shape(0), codes.shape(1), bits, group_size, offset_kind, 0);
+  const int64_t n_scales = spec.m * spec.n_groups();
+  const auto* code_data = array_data<uint8_t>(codes, "codes", spec.m * spec.k, "uint8");
+  const auto* scale_data = array_data<uint16_t>(scales, "scales", n_scales, "float16");
+  const uint16_t* offset_data = nullptr;
+  const bool wants_offsets = spec.offset_kind != OffsetKind::kNone;
+  check_argument(offsets.is_none() != wants_offsets, "offset_kind '", offset_kind, "' goes with ",
+                 wants_offsets ? "an array of offsets" : "no offsets");
+  py::array offset_array;
+  if (wants_offsets) {
+    offset_array = offsets.cast<py::array>();
+    offset_data = array_data<uint16_t>(offset_array, "offsets", n_scales, "float16");
+  }
+  py::array_t<uint8_t> packed(spec.packed_bytes());
+  uint8_t* out = packed.mutable_data();
+  py::gil_scoped_release release;
+  const int limit = (1 << bits) - 1;
+  int largest = 0;
+  for (int64_t i = 0; i < spec.m * spec.k; ++i) largest |= code_data[i];
+  check_argument(largest <= limit, "codes must be below 2^", bits);
+  pack(spec, code_data, scale_data, offset_data, out);
+  return packed;
+}
+
+py::tuple unpack_codes(const py::array& packed, int64_t m, int64_t k, int bits, int64_t group_size,
+                       const std::string& offset_kind) {
+  const LinearSpec spec = parse_spec(m, k, bits, group_size, offset_kind, 0);
+  const auto* data = array_data<uint8_t>(packed, "packed", spec.packed_bytes(), "uint8");
+  const py::dtype half("float16");
+  py::array_t<uint8_t> codes({m, k});
+  py::array scales(half, {m, spec.n_groups()});
+  py::array offsets(half, {m, spec.n_groups()});
+  auto* code_data = codes.mutable_data();
+  auto* scale_data = static_cast<uint16_t*>(scales.mutable_data());
+  auto* offset_data = static_cast<uint16_t*>(offsets.mutable_data());
+  {
+    py::gil_scoped_release release;
+    unpack(spec, data, code_data, scale_data, offset_data);
+  }
+  const bool stored = spec.offset_kind != OffsetKind::kNone;
+  return py::make_tuple(codes, scales, stored ? py::object(offsets) : py::none());
+}
+
+py::array_t<float> forward(const PyLinear& self, const py::array& x, ThreadPool& pool,
+                           const std::string& tables) {
+  const Tables kind = parse_tables(tables);
+  const LinearSpec& spec = self.linear.spec;
+  check_argument(x.ndim() == 2 && x.shape(1) == spec.k && x.shape(0) >= 1, "x must be [n, ", spec.k,
+                 "] with n at least 1");
+  const int64_t n = x.shape(0);
+  const auto* data = array_data<float>(x, "x", n * spec.k, "float32");
+  py::array_t<float> y({n, spec.m});
+  float* out = y.mutable_data();
+  py::gil_scoped_release release;
+  linear_forward(self.linear, kind, data, n, out, pool);
+  return y;
+}
+
+}  // namespace
+
+Tables parse_tables(const std::string& text) {
+  if (text == "int8") return Tables::kInt8;
+  if (text == "exact") return Tables::kExact;
+  throw std::invalid_argument("tables must be 'int8' or 'exact', not '" + text + "'");
+}
+
+void bind_linear(py::module_& module) {
+  module.def(
+      "packed_nbytes",
+      [](int64_t m, int64_t k, int bits, int64_t group_size, const std::string& offset_kind) {
+        return parse_spec(m, k, bits, group_size, offset_kind, 0).packed_bytes();
+      },
+      "m"_a, "k"_a, py::kw_only(), "bits"_a, "group_size"_a, "offset_kind"_a,
+      "Bytes of the packed form of a matrix [m, k].");
+  module.def("pack", &pack_codes, "codes"_a, "scales"_a, "offsets"_a = py::none(), py::kw_only(),
+             "bits"_a, "group_size"_a, "offset_kind"_a,
+             "Packs codes [m, k] uint8 with scales and offsets [m, n_groups] float16.");
+  module.def("unpack", &unpack_codes, "packed"_a, py::kw_only(), "m"_a, "k"_a, "bits"_a,
+             "group_size"_a, "offset_kind"_a,
+             "The codes, scales and offsets (or None) of a packed matrix.");
+
+  py::class_<PyLinear, std::shared_ptr<PyLinear>>(module, "Linear",
+                                                  "A packed matrix, ready to be multiplied with.")
+      .def(py::init([](const py::array& packed, int64_t m, int64_t k, int bits, int64_t group_size,
+                       const std::string& offset_kind, float zero) {
+             const LinearSpec spec = parse_spec(m, k, bits, group_size, offset_kind, zero);
+             const auto* data =
+                 array_data<uint8_t>(packed, "packed", spec.packed_bytes(), "uint8");
+             return std::make_shared<PyLinear>(PyLinear{{spec, data}, packed});
+           }),
+           "packed"_a, py::kw_only(), "m"_a, "k"_a, "bits"_a, "group_size"_a, "offset_kind"_a,
+           "zero"_a)
+      .def_property_readonly("m", [](const PyLinear& self) { return self.linear.spec.m; })
+      .def_property_readonly("k", [](const PyLinear& self) { return self.linear.spec.k; })
+      .def_property_readonly("bits", [](const PyLinear& self) { return self.linear.spec.bits; })
+      .def_property_readonly("group_size",
+                             [](const PyLinear& self) { return self.linear.spec.group_size; });
+
+  module.def("linear_forward", &forward, "linear"_a, "x"_a, "pool"_a, py::kw_only(), "tables"_a,
+             "y [n, m] = x [n, k] times the transposed matrix.");
+}
+
+}  // namespace tmac

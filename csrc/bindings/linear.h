@@ -1,0 +1,19 @@
+#pragma once
+
+#include "bindings/arrays.h"
+#include "kernels/kernels.h"
+#include "ops/linear.h"
+
+namespace tmac {
+
+// A packed matrix in Python's hands: keeps its bytes alive.
+struct PyLinear {
+  Linear linear;
+  py::array packed;
+};
+
+Tables parse_tables(const std::string& text);
+void bind_linear(py::module_& module);
+void bind_decoder(py::module_& module);
+
+}  // namespace tmac

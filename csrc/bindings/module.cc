@@ -1,0 +1,28 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings/linear.h"
+
+PYBIND11_MODULE(_core, module) {
+  namespace py = pybind11;
+  module.doc() = "The C++ core of tmac_py: packing, lookup-table products, the decoder step.";
+  module.attr("__version__") = TMAC_VERSION;
+  module.attr("compiler") = TMAC_COMPILER;
+  module.def("isas", [] {
+    py::list rows;
+    for (const tmac::IsaInfo& info : tmac::isas()) {
+      py::dict row;
+      row["name"] = info.name;
+      row["built"] = info.built;
+      row["usable"] = info.usable;
+      row["active"] = info.active;
+      row["reason"] = info.reason;
+      rows.append(row);
+    }
+    return rows;
+  });
+  module.def("use_isa", &tmac::use_isa, py::arg("name"));
+  module.def("active_isa", [] { return tmac::kernels().name; });
+  tmac::bind_linear(module);
+  tmac::bind_decoder(module);
+}

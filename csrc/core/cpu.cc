@@ -1,0 +1,67 @@
+#include "core/cpu.h"
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace tmac {
+namespace {
+
+#if defined(__x86_64__)
+
+struct CpuId {
+  uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+  explicit CpuId(uint32_t leaf) { __get_cpuid_count(leaf, 0, &eax, &ebx, &ecx, &edx); }
+};
+
+// XCR0: which register states the operating system saves. Needs OSXSAVE.
+uint64_t saved_states() {
+  uint32_t low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+bool has(const std::string& feature) {
+  const auto bit = [](uint32_t word, int i) { return ((word >> i) & 1) != 0; };
+  const CpuId basic(1), extended(7);
+  const uint64_t states = bit(basic.ecx, 27) ? saved_states() : 0;
+  const bool ymm = (states & 0x06) == 0x06, zmm = (states & 0xe6) == 0xe6;
+  if (feature == "fma") return ymm && bit(basic.ecx, 12);
+  if (feature == "f16c") return ymm && bit(basic.ecx, 29);
+  if (feature == "avx2") return ymm && bit(basic.ecx, 28) && bit(extended.ebx, 5);
+  if (feature == "avx512f") return zmm && bit(extended.ebx, 16);
+  if (feature == "avx512dq") return zmm && bit(extended.ebx, 17);
+  if (feature == "avx512bw") return zmm && bit(extended.ebx, 30);
+  if (feature == "avx512vl") return zmm && bit(extended.ebx, 31);
+  if (feature == "avx512vnni") return zmm && bit(extended.ecx, 11);
+  return false;
+}
+
+#elif defined(__aarch64__)
+
+bool has(const std::string& feature) {
+  if (feature == "neon") return true;
+#if defined(__linux__)
+  constexpr unsigned long kHwcapAsimdDp = 1ul << 20;
+  if (feature == "dotprod") return (getauxval(AT_HWCAP) & kHwcapAsimdDp) != 0;
+#elif defined(__APPLE__)
+  if (feature == "dotprod") return true;  // every Apple CPU that runs macOS on Arm
+#endif
+  return false;
+}
+
+#else
+
+bool has(const std::string&) { return false; }
+
+#endif
+
+}  // namespace
+
+bool cpu_has(const std::string& feature) { return has(feature); }
+
+}  // namespace tmac

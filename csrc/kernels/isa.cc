@@ -1,0 +1,49 @@
+// Compiled once for each row of the ISA list in CMakeLists.txt, with that row's compiler flags and
+//   TMAC_ISA_NAME    the row's name (an identifier)
+//   TMAC_ISA_HEADER  its header in csrc/simd
+//   TMAC_ISA_TYPE    the struct of operations in it
+// No standard containers or inline std functions here: compiled with ISA flags they would become
+// weak symbols that the linker may pick for code that runs on any CPU.
+
+#include "core/half.h"
+#include "kernels/kernels_table.h"
+
+#include TMAC_ISA_HEADER
+
+namespace tmac {
+namespace {
+
+#include "kernels/build_lut.inl"
+#include "kernels/multiply_tile.inl"
+#include "kernels/vector_ops.inl"
+
+using Isa = TMAC_ISA_TYPE;
+
+#define TMAC_STRING_(x) #x
+#define TMAC_STRING(x) TMAC_STRING_(x)
+#define TMAC_JOIN_(a, b) a##b
+#define TMAC_JOIN(a, b) TMAC_JOIN_(a, b)
+
+#define TMAC_TILES(parts)                                            \
+  {                                                                  \
+    multiply_tile<Isa, 1, parts>, multiply_tile<Isa, 2, parts>,      \
+        multiply_tile<Isa, 3, parts>, multiply_tile<Isa, 4, parts>,  \
+        multiply_tile<Isa, 5, parts>, multiply_tile<Isa, 6, parts>,  \
+        multiply_tile<Isa, 7, parts>, multiply_tile<Isa, 8, parts>   \
+  }
+
+}  // namespace
+
+extern const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME);
+const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME) = {
+    TMAC_STRING(TMAC_ISA_NAME),
+    build_block<Isa>,
+    {TMAC_TILES(1), TMAC_TILES(2)},
+    rms_norm<Isa>,
+    silu_multiply<Isa>,
+    add<Isa>,
+    to_half<Isa>,
+    attend<Isa>,
+};
+
+}  // namespace tmac

@@ -1,0 +1,36 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/lut.h"
+
+namespace tmac {
+
+// One row of the run-time table: everything that differs between instruction sets.
+struct Kernels {
+  const char* name;
+
+  // Builds the tables of one block from x [32]: entries [8, table_bytes], sums of its 4 chunks.
+  // A block with a NaN or an infinity gets a NaN scale, so that what reads it becomes NaN.
+  void (*build_block)(const float* x, Tables tables, int8_t* entries, float* half_scale,
+                      float* chunk_sum, float* block_sum);
+
+  // y[32] = one tile of 32 rows times the activations behind `lut`.
+  // By tables, then by bits - 1.
+  using MultiplyTile = void (*)(const LinearSpec& spec, const uint8_t* tile, const LutView& lut,
+                                float* y);
+  MultiplyTile multiply_tile[2][kMaxBits];
+
+  // out[i] = x[i] * weight[i] / sqrt(mean(x^2) + eps)
+  void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
+  // gate[i] = silu(gate[i]) * up[i]
+  void (*silu_multiply)(float* gate, const float* up, int64_t n);
+  void (*add)(float* x, const float* y, int64_t n);
+  void (*to_half)(const float* x, uint16_t* out, int64_t n);
+  // One head's softmax(scale * q.K^T) V over n positions: q [head_dim], keys and values
+  // [n, head_dim] binary16, scores [n] scratch, out [head_dim].
+  void (*attend)(const float* q, const uint16_t* keys, const uint16_t* values, int64_t n,
+                 int64_t head_dim, float scale, float* scores, float* out);
+};
+
+}  // namespace tmac

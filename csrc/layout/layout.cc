@@ -1,0 +1,153 @@
+#include "layout/layout.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/check.h"
+#include "core/half.h"
+
+namespace tmac {
+namespace {
+
+// Calls visit(row_in_tile, k_begin, k_end, codes_at, group) for the chunks of one tile in stream
+// order, and group_end(group, scales_at) where a group's scales stand.
+template <typename Chunk, typename GroupEnd>
+void walk_tile(const LinearSpec& spec, int64_t tile_at, const Chunk& chunk,
+               const GroupEnd& group_end) {
+  int64_t at = tile_at;
+  for (int64_t g = 0; g < spec.n_groups(); ++g) {
+    const int64_t group_end_k = std::min(spec.k, (g + 1) * spec.group_size);
+    for (int64_t c = 0; c < spec.chunks_in(g); ++c) {
+      const int64_t k0 = g * spec.group_size + c * kChunkWeights;
+      chunk(k0, std::min<int64_t>(kChunkWeights, group_end_k - k0), at);
+      at += spec.chunk_bytes();
+    }
+    group_end(g, at);
+    at += spec.scale_bytes();
+  }
+}
+
+// Where the byte of row r (of the tile) and bit plane p stands in a chunk.
+int64_t plane_byte(int bits, int64_t r, int p) {
+  int first = 0;
+  int width = plane_set_width(bits, 0);
+  while (p >= first + width) {
+    first += width;
+    width = plane_set_width(bits, first);
+  }
+  return kTileRows * first + r * width + (p - first);
+}
+
+}  // namespace
+
+void check_spec(const LinearSpec& spec) {
+  constexpr int64_t kMaxSide = int64_t{1} << 31;
+  check_argument(spec.m >= 1 && spec.m < kMaxSide, "m must be 1 to 2^31 - 1, not ", spec.m);
+  check_argument(spec.k >= 1 && spec.k < kMaxSide, "k must be 1 to 2^31 - 1, not ", spec.k);
+  check_argument(spec.bits >= 1 && spec.bits <= kMaxBits, "bits must be 1 to 8, not ", spec.bits);
+  check_argument(
+      spec.group_size == spec.k || (spec.group_size >= 4 && spec.group_size < kMaxSide &&
+                                    spec.group_size % kTableWeights == 0),
+      "group_size must be a multiple of 4 or k (", spec.k, "), not ", spec.group_size);
+}
+
+void pack(const LinearSpec& spec, const uint8_t* codes, const uint16_t* scales,
+          const uint16_t* offsets, uint8_t* packed) {
+  std::memset(packed, 0, static_cast<size_t>(spec.packed_bytes()));
+  const int64_t n_groups = spec.n_groups();
+  int64_t plane_at[kMaxBits];
+  for (int64_t t = 0; t < spec.n_tiles(); ++t) {
+    const int64_t row0 = t * kTileRows;
+    const int64_t rows = std::min<int64_t>(kTileRows, spec.m - row0);
+    walk_tile(
+        spec, t * spec.tile_bytes(),
+        [&](int64_t k0, int64_t n, int64_t at) {
+          for (int64_t r = 0; r < rows; ++r) {
+            const uint8_t* row = codes + (row0 + r) * spec.k + k0;
+            for (int p = 0; p < spec.bits; ++p) plane_at[p] = plane_byte(spec.bits, r, p);
+            uint8_t bytes[kMaxBits] = {};
+            for (int64_t i = 0; i < n; ++i) {
+              for (int p = 0; p < spec.bits; ++p) {
+                bytes[p] |= static_cast<uint8_t>(((row[i] >> p) & 1) << i);
+              }
+            }
+            for (int p = 0; p < spec.bits; ++p) packed[at + plane_at[p]] = bytes[p];
+          }
+        },
+        [&](int64_t g, int64_t at) {
+          for (int64_t r = 0; r < rows; ++r) {
+            const int64_t i = (row0 + r) * n_groups + g;
+            std::memcpy(packed + at + 2 * r, scales + i, 2);
+            if (spec.offset_kind != OffsetKind::kNone) {
+              std::memcpy(packed + at + 2 * (kTileRows + r), offsets + i, 2);
+            }
+          }
+        });
+  }
+}
+
+void unpack(const LinearSpec& spec, const uint8_t* packed, uint8_t* codes, uint16_t* scales,
+            uint16_t* offsets) {
+  const int64_t n_groups = spec.n_groups();
+  for (int64_t t = 0; t < spec.n_tiles(); ++t) {
+    const int64_t row0 = t * kTileRows;
+    const int64_t rows = std::min<int64_t>(kTileRows, spec.m - row0);
+    walk_tile(
+        spec, t * spec.tile_bytes(),
+        [&](int64_t k0, int64_t n, int64_t at) {
+          for (int64_t r = 0; r < rows; ++r) {
+            uint8_t* row = codes + (row0 + r) * spec.k + k0;
+            std::memset(row, 0, static_cast<size_t>(n));
+            for (int p = 0; p < spec.bits; ++p) {
+              const uint8_t byte = packed[at + plane_byte(spec.bits, r, p)];
+              for (int64_t i = 0; i < n; ++i) {
+                row[i] |= static_cast<uint8_t>(((byte >> i) & 1) << p);
+              }
+            }
+          }
+        },
+        [&](int64_t g, int64_t at) {
+          for (int64_t r = 0; r < rows; ++r) {
+            const int64_t i = (row0 + r) * n_groups + g;
+            std::memcpy(scales + i, packed + at + 2 * r, 2);
+            if (spec.offset_kind != OffsetKind::kNone) {
+              std::memcpy(offsets + i, packed + at + 2 * (kTileRows + r), 2);
+            }
+          }
+        });
+  }
+}
+
+void dequantize_row(const LinearSpec& spec, const uint8_t* packed, int64_t row, float* out) {
+  const int64_t r = row % kTileRows;
+  walk_tile(
+      spec, row / kTileRows * spec.tile_bytes(),
+      [&](int64_t k0, int64_t n, int64_t at) {
+        for (int64_t i = 0; i < n; ++i) out[k0 + i] = 0;
+        for (int p = 0; p < spec.bits; ++p) {
+          const uint8_t byte = packed[at + plane_byte(spec.bits, r, p)];
+          for (int64_t i = 0; i < n; ++i) {
+            out[k0 + i] += static_cast<float>(((byte >> i) & 1) << p);
+          }
+        }
+      },
+      [&](int64_t g, int64_t at) {
+        uint16_t scale_bits, offset_bits = 0;
+        std::memcpy(&scale_bits, packed + at + 2 * r, 2);
+        if (spec.offset_kind != OffsetKind::kNone) {
+          std::memcpy(&offset_bits, packed + at + 2 * (kTileRows + r), 2);
+        }
+        const float scale = half_to_float(scale_bits);
+        const float stored = half_to_float(offset_bits);
+        const float zero = spec.offset_kind == OffsetKind::kNone   ? spec.zero
+                           : spec.offset_kind == OffsetKind::kZero ? stored
+                                                                   : 0;
+        const float offset = spec.offset_kind == OffsetKind::kOffset ? stored : 0;
+        const int64_t end = std::min(spec.k, (g + 1) * spec.group_size);
+        for (int64_t j = g * spec.group_size; j < end; ++j) {
+          out[j] = scale * (out[j] - zero) + offset;
+        }
+      });
+}
+
+}  // namespace tmac

@@ -1,0 +1,46 @@
+#pragma once
+
+#include "model/decoder.h"
+
+namespace tmac {
+
+// Scratch of one decoder step: for up to `tokens` tokens at once, by `threads` threads, over up to
+// `n_ctx` positions. Its sizes are those of one decoder.
+struct Activations {
+  Activations(const DecoderConfig& config, const DecoderWeights& weights, int64_t max_blocks,
+              int64_t n_tokens, int64_t n_threads, int64_t max_ctx)
+      : tokens(n_tokens),
+        threads(n_threads),
+        n_ctx(max_ctx),
+        x(tokens * weights.embed_tokens.spec.k),
+        delta(tokens * weights.embed_tokens.spec.k),
+        q(tokens * config.n_heads * config.head_dim),
+        k(tokens * config.n_kv_heads * config.head_dim),
+        v(tokens * config.n_kv_heads * config.head_dim),
+        attended(tokens * config.n_heads * config.head_dim),
+        gate(tokens * weights.layers[0].gate.spec.m),
+        up(tokens * weights.layers[0].gate.spec.m),
+        cosines(tokens * config.head_dim / 2),
+        sines(tokens * config.head_dim / 2),
+        normed(threads * weights.embed_tokens.spec.k),
+        rotated(threads * config.head_dim),
+        scores(threads * n_ctx),
+        luts(config.tables, max_blocks, tokens),
+        down_luts(config.tables, max_blocks, tokens) {}
+
+  int64_t tokens, threads, n_ctx;
+  AlignedBuffer<float> x;               // [tokens, hidden] the residual stream
+  AlignedBuffer<float> delta;           // [tokens, hidden] what a product adds to it
+  AlignedBuffer<float> q;               // [tokens, n_heads * head_dim]
+  AlignedBuffer<float> k, v;            // [tokens, n_kv_heads * head_dim]
+  AlignedBuffer<float> attended;        // [tokens, n_heads * head_dim]
+  AlignedBuffer<float> gate, up;        // [tokens, intermediate]
+  AlignedBuffer<float> cosines, sines;  // [tokens, head_dim / 2]
+  AlignedBuffer<float> normed;          // [threads, hidden]
+  AlignedBuffer<float> rotated;         // [threads, head_dim]
+  AlignedBuffer<float> scores;          // [threads, n_ctx]
+  Luts luts;
+  Luts down_luts;  // built tile by tile while gate and up still read `luts`
+};
+
+}  // namespace tmac

@@ -1,0 +1,305 @@
+#include "model/decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <utility>
+
+#include "core/check.h"
+#include "model/activations.h"
+#include "ops/rope.h"
+
+namespace tmac {
+namespace {
+
+// Tokens that pass through the layers together: their tables stay in the second-level cache while
+// a layer's weights stream past once.
+constexpr int64_t kTokensAtOnce = 32;
+
+void check_shape(const std::string& name, const Linear& w, int64_t m, int64_t k) {
+  check_argument(w.spec.m == m && w.spec.k == k, name, " must be [", m, ", ", k, "], not [",
+                 w.spec.m, ", ", w.spec.k, "]");
+}
+
+void check_model(const DecoderConfig& config, const DecoderWeights& weights) {
+  check_argument(config.n_heads >= 1 && config.n_kv_heads >= 1 &&
+                     config.n_heads % config.n_kv_heads == 0,
+                 "n_heads (", config.n_heads, ") must be a multiple of n_kv_heads (",
+                 config.n_kv_heads, ")");
+  check_argument(config.head_dim >= 2 && config.head_dim % 2 == 0, "head_dim must be even, not ",
+                 config.head_dim);
+  check_argument(static_cast<int64_t>(config.inv_freq.size()) == config.head_dim / 2,
+                 "inv_freq must hold head_dim / 2 = ", config.head_dim / 2, " values, not ",
+                 config.inv_freq.size());
+  check_argument(config.sliding_window >= 0, "sliding_window must not be negative");
+  check_argument(!weights.layers.empty(), "a decoder needs at least one layer");
+  const int64_t hidden = weights.embed_tokens.spec.k;
+  const int64_t intermediate = weights.layers[0].gate.spec.m;
+  const int64_t q_width = config.n_heads * config.head_dim;
+  const int64_t kv_width = config.n_kv_heads * config.head_dim;
+  check_shape("lm_head", weights.lm_head, weights.embed_tokens.spec.m, hidden);
+  for (size_t i = 0; i < weights.layers.size(); ++i) {
+    const LayerWeights& w = weights.layers[i];
+    const std::string at = "layer " + std::to_string(i) + ": ";
+    check_shape(at + "q_proj", w.q, q_width, hidden);
+    check_shape(at + "k_proj", w.k, kv_width, hidden);
+    check_shape(at + "v_proj", w.v, kv_width, hidden);
+    check_shape(at + "o_proj", w.o, hidden, q_width);
+    check_shape(at + "gate_proj", w.gate, intermediate, hidden);
+    check_shape(at + "up_proj", w.up, intermediate, hidden);
+    check_shape(at + "down_proj", w.down, hidden, intermediate);
+  }
+}
+
+}  // namespace
+
+// Up to kTokensAtOnce tokens on their way through the layers, as one thread of the team sees it.
+struct Decoder::Pass {
+  struct Product {
+    const Linear& w;
+    float* y;  // [n, w.spec.m]
+  };
+
+  Pass(const Decoder& decoder, Activations& activations, KvCache& kv, Team& members, int64_t tokens,
+       int64_t first_pos)
+      : model(decoder), a(activations), cache(kv), team(members), n(tokens), pos(first_pos) {}
+
+  const Decoder& model;
+  Activations& a;
+  KvCache& cache;
+  Team& team;
+  const int64_t n;
+  const int64_t pos;  // of the first token
+
+  const DecoderConfig& config = model.config_;
+  const DecoderWeights& weights = model.weights_;
+  const Kernels& isa = kernels();
+  const int64_t hidden = weights.embed_tokens.spec.k;
+  const int64_t head_dim = config.head_dim;
+  const int64_t half_dim = config.head_dim / 2;
+  const int64_t q_width = config.n_heads * config.head_dim;
+  const int64_t kv_width = config.n_kv_heads * config.head_dim;
+
+  void embed(const int32_t* ids) {
+    team.parallel_for(n, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        dequantize_row(weights.embed_tokens.spec, weights.embed_tokens.packed, ids[t],
+                       a.x.data() + t * hidden);
+        rope_angles(pos + t, config.inv_freq.data(), half_dim, config.rope_attention_scale,
+                    a.cosines.data() + t * half_dim, a.sines.data() + t * half_dim);
+      }
+    });
+  }
+
+  void layer(size_t i) {
+    const LayerWeights& w = weights.layers[i];
+    const LayerPlans& plans = model.plans_[i];
+    norm_into_tables(w.input_norm, plans.qkv, 0, n);
+    multiply(plans.qkv, {{w.q, a.q.data()}, {w.k, a.k.data()}, {w.v, a.v.data()}}, n);
+    store_keys_and_values(static_cast<int64_t>(i));
+    attend(static_cast<int64_t>(i), plans.o);
+    multiply_add(w.o, a.luts, plans.o);
+    norm_into_tables(w.post_attention_norm, plans.gate_up, 0, n);
+    feed_forward(w, plans);
+    multiply_add(w.down, a.down_luts, plans.down);
+  }
+
+  // Logits of the tokens from `first` on: [n - first, vocab].
+  void head(int64_t first, float* logits) {
+    norm_into_tables(weights.final_norm, model.head_plan_, first, n);
+    multiply(model.head_plan_, {{weights.lm_head, logits}}, n - first);
+  }
+
+ private:
+  // The tables of norm(x) for tokens [first, last), as tokens 0.. of a.luts. For one token the
+  // threads share the blocks, and each computes the norm for itself.
+  void norm_into_tables(const float* weight, const LutPlan& plan, int64_t first, int64_t last) {
+    const int64_t parts = last - first == 1 ? team.threads() : 1;
+    float* normed = a.normed.data() + team.thread() * hidden;
+    team.parallel_for((last - first) * parts, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = i / parts, part = i % parts;
+        isa.rms_norm(a.x.data() + (first + t) * hidden, weight, hidden, config.rms_norm_eps,
+                     normed);
+        for (int64_t b = plan.n_blocks() * part / parts; b < plan.n_blocks() * (part + 1) / parts;
+             ++b) {
+          a.luts.build(plan, t, b, normed);
+        }
+      }
+    });
+  }
+
+  // All products of one input, their tiles dealt out together.
+  void multiply(const LutPlan& plan, std::initializer_list<Product> products, int64_t tokens) {
+    int64_t tiles = 0;
+    for (const Product& p : products) tiles += p.w.spec.n_tiles();
+    team.parallel_for(tiles, [&](int64_t begin, int64_t end) {
+      size_t reader = 0;
+      int64_t before = 0;  // tiles of earlier products
+      for (const Product& p : products) {
+        const int64_t here = p.w.spec.n_tiles();
+        multiply_tiles(p.w, a.luts, plan.first_block(reader++), tokens,
+                       std::clamp<int64_t>(begin - before, 0, here),
+                       std::clamp<int64_t>(end - before, 0, here), p.y, p.w.spec.m);
+        before += here;
+      }
+    });
+  }
+
+  // x += w . input
+  void multiply_add(const Linear& w, Luts& luts, const LutPlan& plan) {
+    team.parallel_for(w.spec.n_tiles(), [&](int64_t begin, int64_t end) {
+      multiply_tiles(w, luts, plan.first_block(0), n, begin, end, a.delta.data(), hidden);
+      const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, hidden);
+      for (int64_t t = 0; t < n; ++t) {
+        isa.add(a.x.data() + t * hidden + row, a.delta.data() + t * hidden + row, row_end - row);
+      }
+    });
+  }
+
+  void store_keys_and_values(int64_t layer) {
+    float* rotated = a.rotated.data() + team.thread() * head_dim;
+    team.parallel_for(n * config.n_kv_heads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = i / config.n_kv_heads, head = i % config.n_kv_heads;
+        const int64_t at = t * kv_width + head * head_dim, to = (pos + t) * head_dim;
+        apply_rope(a.cosines.data() + t * half_dim, a.sines.data() + t * half_dim, half_dim,
+                   a.k.data() + at, rotated);
+        isa.to_half(rotated, cache.keys(layer, head) + to, head_dim);
+        isa.to_half(a.v.data() + at, cache.values(layer, head) + to, head_dim);
+      }
+    });
+  }
+
+  void attend(int64_t layer, const LutPlan& o_plan) {
+    const bool build_now = o_plan.contiguous() && head_dim % kBlockWeights == 0;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    const int64_t heads_per_kv = config.n_heads / config.n_kv_heads;
+    float* rotated = a.rotated.data() + team.thread() * head_dim;
+    float* scores = a.scores.data() + team.thread() * a.n_ctx;
+    team.parallel_for(n * config.n_heads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t head = i / n, t = i % n;
+        const int64_t at = head * head_dim;
+        float* out = a.attended.data() + t * q_width;
+        apply_rope(a.cosines.data() + t * half_dim, a.sines.data() + t * half_dim, half_dim,
+                   a.q.data() + t * q_width + at, rotated);
+        const int64_t last = pos + t;
+        const int64_t first =
+            config.sliding_window > 0 ? std::max<int64_t>(0, last + 1 - config.sliding_window) : 0;
+        isa.attend(rotated, cache.keys(layer, head / heads_per_kv) + first * head_dim,
+                   cache.values(layer, head / heads_per_kv) + first * head_dim, last + 1 - first,
+                   head_dim, scale, scores, out + at);
+        if (build_now) a.luts.build_range(o_plan, t, at, at + head_dim, out);
+      }
+    });
+    if (!build_now) build_all(o_plan, a.luts, a.attended.data(), q_width);
+  }
+
+  // Tables of silu(gate . x) * (up . x).
+  void feed_forward(const LayerWeights& w, const LayerPlans& plans) {
+    const int64_t width = w.gate.spec.m;
+    team.parallel_for(w.gate.spec.n_tiles(), [&](int64_t begin, int64_t end) {
+      multiply_tiles(w.gate, a.luts, plans.gate_up.first_block(0), n, begin, end, a.gate.data(),
+                     width);
+      multiply_tiles(w.up, a.luts, plans.gate_up.first_block(1), n, begin, end, a.up.data(), width);
+      const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, width);
+      for (int64_t t = 0; t < n; ++t) {
+        isa.silu_multiply(a.gate.data() + t * width + row, a.up.data() + t * width + row,
+                          row_end - row);
+        // A tile of rows is a block of the next product's input.
+        static_assert(kTileRows == kBlockWeights);
+        if (plans.down.contiguous()) {
+          a.down_luts.build_range(plans.down, t, row, row_end, a.gate.data() + t * width);
+        }
+      }
+    });
+    if (!plans.down.contiguous()) build_all(plans.down, a.down_luts, a.gate.data(), width);
+  }
+
+  // Tables of x [n, width].
+  void build_all(const LutPlan& plan, Luts& luts, const float* x, int64_t width) {
+    team.parallel_for(n * plan.n_blocks(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = i / plan.n_blocks();
+        luts.build(plan, t, i % plan.n_blocks(), x + t * width);
+      }
+    });
+  }
+};
+
+Decoder::Decoder(DecoderConfig config, DecoderWeights weights)
+    : config_(std::move(config)),
+      weights_(std::move(weights)),
+      head_plan_({weights_.lm_head.spec}) {
+  check_model(config_, weights_);
+  for (const LayerWeights& w : weights_.layers) {
+    plans_.push_back({LutPlan({w.q.spec, w.k.spec, w.v.spec}), LutPlan({w.o.spec}),
+                      LutPlan({w.gate.spec, w.up.spec}), LutPlan({w.down.spec})});
+  }
+}
+
+Decoder::~Decoder() = default;
+
+int64_t Decoder::most_blocks() const {
+  int64_t most = head_plan_.n_blocks();
+  for (const LayerPlans& p : plans_) {
+    most = std::max(
+        {most, p.qkv.n_blocks(), p.o.n_blocks(), p.gate_up.n_blocks(), p.down.n_blocks()});
+  }
+  return most;
+}
+
+std::unique_ptr<Activations> Decoder::take_activations(int64_t tokens, int threads, int64_t n_ctx) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& idle : idle_) {
+      if (idle->tokens >= tokens && idle->threads >= threads && idle->n_ctx >= n_ctx) {
+        std::swap(idle, idle_.back());
+        std::unique_ptr<Activations> taken = std::move(idle_.back());
+        idle_.pop_back();
+        return taken;
+      }
+    }
+    idle_.clear();  // too small: larger ones come back in their place
+  }
+  return std::make_unique<Activations>(config_, weights_, most_blocks(), tokens, threads, n_ctx);
+}
+
+void Decoder::forward(const int32_t* ids, int64_t n, bool all, KvCache& cache, ThreadPool& pool,
+                      float* logits) {
+  KvCache::Use use(cache);
+  check_argument(cache.n_layers() == static_cast<int64_t>(weights_.layers.size()) &&
+                     cache.n_kv_heads() == config_.n_kv_heads &&
+                     cache.head_dim() == config_.head_dim,
+                 "the KV cache was made for another model");
+  check_argument(n >= 1, "forward needs at least one token");
+  check_argument(cache.pos() + n <= cache.n_ctx(), n, " tokens do not fit: the cache holds ",
+                 cache.pos(), " of ", cache.n_ctx());
+  for (int64_t i = 0; i < n; ++i) {
+    check_argument(ids[i] >= 0 && ids[i] < vocab(), "token id ", ids[i], " at position ", i,
+                   " is outside the vocabulary of ", vocab());
+  }
+
+  std::unique_ptr<Activations> activations =
+      take_activations(std::min(n, kTokensAtOnce), pool.threads(), cache.n_ctx());
+  const int64_t start = cache.pos();
+  pool.run([&](Team& team) {
+    for (int64_t first = 0; first < n; first += kTokensAtOnce) {
+      const int64_t tokens = std::min(kTokensAtOnce, n - first);
+      Pass pass(*this, *activations, cache, team, tokens, start + first);
+      pass.embed(ids + first);
+      for (size_t i = 0; i < weights_.layers.size(); ++i) pass.layer(i);
+      if (all) {
+        pass.head(0, logits + first * vocab());
+      } else if (first + tokens == n) {
+        pass.head(tokens - 1, logits);
+      }
+    }
+  });
+  cache.advance(n);
+  std::lock_guard<std::mutex> lock(mutex_);
+  idle_.push_back(std::move(activations));
+}
+
+}  // namespace tmac

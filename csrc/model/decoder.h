@@ -1,0 +1,76 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "model/kv_cache.h"
+#include "ops/linear.h"
+
+namespace tmac {
+
+// What one member of the Llama family differs by, as data.
+struct DecoderConfig {
+  int64_t n_heads = 0;
+  int64_t n_kv_heads = 0;
+  int64_t head_dim = 0;
+  float rms_norm_eps = 0;
+  std::vector<float> inv_freq;  // [head_dim / 2]
+  float rope_attention_scale = 1;
+  int64_t sliding_window = 0;  // 0: attend to every earlier position
+  Tables tables = Tables::kInt8;
+};
+
+struct LayerWeights {
+  const float* input_norm = nullptr;           // [hidden]
+  const float* post_attention_norm = nullptr;  // [hidden]
+  Linear q, k, v;                              // [n_heads or n_kv_heads * head_dim, hidden]
+  Linear o;                                    // [hidden, n_heads * head_dim]
+  Linear gate, up;                             // [intermediate, hidden]
+  Linear down;                                 // [hidden, intermediate]
+};
+
+struct DecoderWeights {
+  Linear embed_tokens;                // [vocab, hidden]
+  Linear lm_head;                     // [vocab, hidden]; the same bytes when tied
+  const float* final_norm = nullptr;  // [hidden]
+  std::vector<LayerWeights> layers;
+};
+
+// One table build for each vector that matrices read.
+struct LayerPlans {
+  LutPlan qkv, o, gate_up, down;
+};
+
+struct Activations;
+
+// One model: const weights, shared by every cache and thread.
+class Decoder {
+ public:
+  // Throws std::invalid_argument naming the matrix or setting that does not fit.
+  Decoder(DecoderConfig config, DecoderWeights weights);
+  ~Decoder();
+
+  int64_t vocab() const { return weights_.lm_head.spec.m; }
+
+  // Appends n tokens to the cache. logits: [vocab] of the last token, or [n, vocab] if `all`.
+  // Throws std::invalid_argument for an id outside the vocabulary, a cache of another shape or one
+  // without room; the cache is then unchanged.
+  void forward(const int32_t* ids, int64_t n, bool all, KvCache& cache, ThreadPool& pool,
+               float* logits);
+
+ private:
+  struct Pass;
+  int64_t most_blocks() const;
+  std::unique_ptr<Activations> take_activations(int64_t tokens, int threads, int64_t n_ctx);
+
+  const DecoderConfig config_;
+  const DecoderWeights weights_;
+  std::vector<LayerPlans> plans_;
+  const LutPlan head_plan_;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Activations>> idle_;  // of finished steps, for the next ones
+};
+
+}  // namespace tmac

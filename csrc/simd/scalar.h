@@ -1,0 +1,175 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "core/half.h"
+
+// Portable stand-in for a 128-bit ISA: the same operations as the other headers of this folder,
+// which are described in simd/README.md, on arrays of 16 bytes.
+namespace tmac {
+namespace {
+
+struct Scalar {
+  using Narrow = Scalar;
+  struct B {
+    int8_t v[16];
+  };
+  struct I {
+    int32_t v[4];
+  };
+  struct F {
+    float v[4];
+  };
+  static constexpr int kBytes = 16;
+  static constexpr int kFloats = 4;
+
+  static B load(const uint8_t* p) {
+    B b;
+    std::memcpy(b.v, p, 16);
+    return b;
+  }
+  static B table(const int8_t* p) { return load(reinterpret_cast<const uint8_t*>(p)); }
+  static B low(B b) {
+    for (int8_t& x : b.v) x &= 15;
+    return b;
+  }
+  static B high(B b) {
+    for (int8_t& x : b.v) x = static_cast<int8_t>(static_cast<uint8_t>(x) >> 4);
+    return b;
+  }
+  static B lookup(const B& t, const B& index) {
+    B b;
+    for (int i = 0; i < 16; ++i) b.v[i] = t.v[index.v[i]];
+    return b;
+  }
+
+  struct Quad {
+    I rows[1] = {};
+    void add(const B& b) {
+      for (int r = 0; r < 4; ++r) {
+        const int8_t* p = b.v + 4 * r;
+        rows[0].v[r] += p[0] + 2 * p[1] + 4 * p[2] + 8 * p[3];
+      }
+    }
+    I sum(int) const { return rows[0]; }
+  };
+  struct Pair {
+    I rows[2] = {};
+    void add(const B& b) {
+      for (int r = 0; r < 8; ++r) rows[r / 4].v[r % 4] += b.v[2 * r] + 2 * b.v[2 * r + 1];
+    }
+    I sum(int i) const { return rows[i]; }
+  };
+  using B1 = B;
+  static constexpr int kBytes1 = 16;
+  static B1 load1(const uint8_t* p) { return load(p); }
+  static B1 narrow(B b) { return b; }
+  struct Single {
+    I rows[4] = {};
+    void add(const B1& even, const B1& odd) {
+      for (int r = 0; r < 16; ++r) rows[r / 4].v[r % 4] += even.v[r] + odd.v[r];
+    }
+    I sum(int i) const { return rows[i]; }
+  };
+
+  static I zero_i() { return I{}; }
+  template <int kShift>
+  static I add_shifted(I a, const I& b) {
+    for (int i = 0; i < 4; ++i) a.v[i] += b.v[i] * (1 << kShift);
+    return a;
+  }
+  static I sub_i(I a, const I& b) {
+    for (int i = 0; i < 4; ++i) a.v[i] -= b.v[i];
+    return a;
+  }
+  static F to_float(const I& a) {
+    F f;
+    for (int i = 0; i < 4; ++i) f.v[i] = static_cast<float>(a.v[i]);
+    return f;
+  }
+  static I round_to_int(const F& a) {
+    I r;
+    for (int i = 0; i < 4; ++i) {
+      r.v[i] = a.v[i] == a.v[i] ? static_cast<int32_t>(std::nearbyint(a.v[i])) : 0;
+    }
+    return r;
+  }
+  static I exponent_of_two(const I& n) {  // bits of 2^n
+    I r;
+    for (int i = 0; i < 4; ++i) r.v[i] = static_cast<int32_t>(static_cast<uint32_t>(n.v[i] + 127) << 23);
+    return r;
+  }
+  static F as_float(const I& a) {
+    F f;
+    std::memcpy(f.v, a.v, 16);
+    return f;
+  }
+  static void store_i(int32_t* p, const I& a) { std::memcpy(p, a.v, 16); }
+
+  static F set(float x) { return F{{x, x, x, x}}; }
+  static F load_f(const float* p) {
+    F f;
+    std::memcpy(f.v, p, 16);
+    return f;
+  }
+  static void store_f(float* p, const F& f) { std::memcpy(p, f.v, 16); }
+  static F load_half(const uint16_t* p) {
+    F f;
+    for (int i = 0; i < 4; ++i) f.v[i] = half_to_float(p[i]);
+    return f;
+  }
+  static void store_half(uint16_t* p, const F& f) {
+    for (int i = 0; i < 4; ++i) p[i] = float_to_half(f.v[i]);
+  }
+  static F add(F a, const F& b) {
+    for (int i = 0; i < 4; ++i) a.v[i] += b.v[i];
+    return a;
+  }
+  static F sub(F a, const F& b) {
+    for (int i = 0; i < 4; ++i) a.v[i] -= b.v[i];
+    return a;
+  }
+  static F mul(F a, const F& b) {
+    for (int i = 0; i < 4; ++i) a.v[i] *= b.v[i];
+    return a;
+  }
+  static F div(F a, const F& b) {
+    for (int i = 0; i < 4; ++i) a.v[i] /= b.v[i];
+    return a;
+  }
+  static F fma(const F& a, const F& b, F c) {
+    for (int i = 0; i < 4; ++i) c.v[i] += a.v[i] * b.v[i];
+    return c;
+  }
+  static F max(F a, const F& b) {
+    for (int i = 0; i < 4; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return a;
+  }
+  static F min(F a, const F& b) {
+    for (int i = 0; i < 4; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+    return a;
+  }
+  static float sum(const F& a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+  static float max_of(const F& a) {
+    const F b = max(a, F{{a.v[2], a.v[3], a.v[0], a.v[1]}});
+    return b.v[0] > b.v[1] ? b.v[0] : b.v[1];
+  }
+
+  static void prefetch(const uint8_t*) {}
+
+  // entries [8 upper entries, 8 tables] -> out: table t at out + t * stride, its entries 8..15 from
+  // column t and entries 0..7 their mirror images, entry e = -entry (15 - e).
+  static void write_tables(const int32_t (*entries)[8], int8_t* out, int64_t stride) {
+    for (int t = 0; t < 8; ++t) {
+      for (int e = 0; e < 8; ++e) {
+        out[t * stride + 8 + e] = static_cast<int8_t>(entries[e][t]);
+        out[t * stride + 7 - e] = static_cast<int8_t>(-entries[e][t]);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace tmac

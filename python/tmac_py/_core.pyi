@@ -1,0 +1,127 @@
+"""The C++ core: packing, lookup-table linear layers, the decoder step. Checks and conversions only."""
+
+from collections.abc import Sequence
+from typing import Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+compiler: str
+
+class IsaInfo(TypedDict):
+    name: str
+    built: bool
+    usable: bool
+    active: bool
+    reason: str
+
+def isas() -> list[IsaInfo]: ...
+def use_isa(name: str) -> None: ...
+def active_isa() -> str: ...
+
+OffsetKind = Literal["none", "offset", "zero"]
+Tables = Literal["int8", "exact"]
+
+def packed_nbytes(m: int, k: int, *, bits: int, group_size: int, offset_kind: OffsetKind) -> int: ...
+def pack(
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float16],
+    offsets: NDArray[np.float16] | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    offset_kind: OffsetKind,
+) -> NDArray[np.uint8]: ...
+def unpack(
+    packed: NDArray[np.uint8],
+    *,
+    m: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    offset_kind: OffsetKind,
+) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16] | None]: ...
+
+class Linear:
+    def __init__(
+        self,
+        packed: NDArray[np.uint8],
+        *,
+        m: int,
+        k: int,
+        bits: int,
+        group_size: int,
+        offset_kind: OffsetKind,
+        zero: float,
+    ) -> None: ...
+    @property
+    def m(self) -> int: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+
+class ThreadPool:
+    def __init__(self, threads: int) -> None: ...
+    @property
+    def threads(self) -> int: ...
+
+def linear_forward(
+    linear: Linear, x: NDArray[np.float32], pool: ThreadPool, *, tables: Tables
+) -> NDArray[np.float32]: ...
+
+class LayerTensors(TypedDict):
+    input_norm: NDArray[np.float32]
+    post_attention_norm: NDArray[np.float32]
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+
+class Decoder:
+    """Const weights of one model; shared by every cache and thread."""
+
+    def __init__(
+        self,
+        *,
+        embed_tokens: Linear,
+        lm_head: Linear,
+        final_norm: NDArray[np.float32],
+        layers: Sequence[LayerTensors],
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        rms_norm_eps: float,
+        inv_freq: NDArray[np.float32],
+        rope_attention_scale: float,
+        sliding_window: int,
+        tables: Tables,
+    ) -> None: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def forward(
+        self,
+        ids: NDArray[np.int32],
+        cache: KvCache,
+        pool: ThreadPool,
+        *,
+        logits: Literal["last", "all"] = "last",
+    ) -> NDArray[np.float32]: ...
+
+class KvCache:
+    """fp16 keys and values of one sequence."""
+
+    def __init__(self, *, n_layers: int, n_kv_heads: int, head_dim: int, n_ctx: int) -> None: ...
+    @property
+    def pos(self) -> int: ...
+    @property
+    def n_ctx(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def truncate(self, pos: int) -> None: ...
