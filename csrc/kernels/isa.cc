@@ -37,7 +37,7 @@ using Isa = TMAC_ISA_TYPE;
 extern const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME);
 const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME) = {
     TMAC_STRING(TMAC_ISA_NAME),
-    build_block<Isa>,
+    build_span<Isa>,
     {TMAC_TILES(1), TMAC_TILES(2)},
     rms_norm<Isa>,
     silu_multiply<Isa>,

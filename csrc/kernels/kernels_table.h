@@ -10,10 +10,9 @@ namespace tmac {
 struct Kernels {
   const char* name;
 
-  // Builds the tables of one block from x [32]: entries [8, table_bytes], sums of its 4 chunks.
+  // Builds the tables of one span from x [32] into the arrays that `lut` begins with.
   // A block with a NaN or an infinity gets a NaN scale, so that what reads it becomes NaN.
-  void (*build_block)(const float* x, Tables tables, int8_t* entries, float* half_scale,
-                      float* chunk_sum, float* block_sum);
+  void (*build_span)(const float* x, Tables tables, const LutView& lut);
 
   // y[32] = one tile of 32 rows times the activations behind `lut`.
   // By tables, then by bits - 1.

@@ -19,7 +19,7 @@ struct PlaneSums {
   typename S::Pair pairs[kPairVectors];
   typename S::Single singles[kSingleVectors];
 
-  // Weighs the sets by 2^(first plane). |row i| <= (2^b - 1) * 8 tables * 127 < 2^18 a block,
+  // Weighs the sets by 2^(first plane). |row i| <= (2^b - 1) * 4 tables * 127 < 2^17 a block,
   // so 255 * high + low fits int32.
   typename S::I row(int i) const {
     typename S::I total = S::zero_i();

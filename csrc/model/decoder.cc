@@ -112,7 +112,7 @@ struct Decoder::Pass {
 
  private:
   // The tables of norm(x) for tokens [first, last), as tokens 0.. of a.luts. For one token the
-  // threads share the blocks, and each computes the norm for itself.
+  // threads share the spans, and each computes the norm for itself.
   void norm_into_tables(const float* weight, const LutPlan& plan, int64_t first, int64_t last) {
     const int64_t parts = last - first == 1 ? team.threads() : 1;
     float* normed = a.normed.data() + team.thread() * hidden;
@@ -121,7 +121,7 @@ struct Decoder::Pass {
         const int64_t t = i / parts, part = i % parts;
         isa.rms_norm(a.x.data() + (first + t) * hidden, weight, hidden, config.rms_norm_eps,
                      normed);
-        for (int64_t b = plan.n_blocks() * part / parts; b < plan.n_blocks() * (part + 1) / parts;
+        for (int64_t b = plan.n_spans() * part / parts; b < plan.n_spans() * (part + 1) / parts;
              ++b) {
           a.luts.build(plan, t, b, normed);
         }
@@ -138,7 +138,7 @@ struct Decoder::Pass {
       int64_t before = 0;  // tiles of earlier products
       for (const Product& p : products) {
         const int64_t here = p.w.spec.n_tiles();
-        multiply_tiles(p.w, a.luts, plan.first_block(reader++), tokens,
+        multiply_tiles(p.w, a.luts, plan.first_span(reader++), tokens,
                        std::clamp<int64_t>(begin - before, 0, here),
                        std::clamp<int64_t>(end - before, 0, here), p.y, p.w.spec.m);
         before += here;
@@ -149,7 +149,7 @@ struct Decoder::Pass {
   // x += w . input
   void multiply_add(const Linear& w, Luts& luts, const LutPlan& plan) {
     team.parallel_for(w.spec.n_tiles(), [&](int64_t begin, int64_t end) {
-      multiply_tiles(w, luts, plan.first_block(0), n, begin, end, a.delta.data(), hidden);
+      multiply_tiles(w, luts, plan.first_span(0), n, begin, end, a.delta.data(), hidden);
       const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, hidden);
       for (int64_t t = 0; t < n; ++t) {
         isa.add(a.x.data() + t * hidden + row, a.delta.data() + t * hidden + row, row_end - row);
@@ -172,7 +172,7 @@ struct Decoder::Pass {
   }
 
   void attend(int64_t layer, const LutPlan& o_plan) {
-    const bool build_now = o_plan.contiguous() && head_dim % kBlockWeights == 0;
+    const bool build_now = o_plan.contiguous() && head_dim % kSpanWeights == 0;
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
     const int64_t heads_per_kv = config.n_heads / config.n_kv_heads;
     float* rotated = a.rotated.data() + team.thread() * head_dim;
@@ -200,15 +200,15 @@ struct Decoder::Pass {
   void feed_forward(const LayerWeights& w, const LayerPlans& plans) {
     const int64_t width = w.gate.spec.m;
     team.parallel_for(w.gate.spec.n_tiles(), [&](int64_t begin, int64_t end) {
-      multiply_tiles(w.gate, a.luts, plans.gate_up.first_block(0), n, begin, end, a.gate.data(),
+      multiply_tiles(w.gate, a.luts, plans.gate_up.first_span(0), n, begin, end, a.gate.data(),
                      width);
-      multiply_tiles(w.up, a.luts, plans.gate_up.first_block(1), n, begin, end, a.up.data(), width);
+      multiply_tiles(w.up, a.luts, plans.gate_up.first_span(1), n, begin, end, a.up.data(), width);
       const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, width);
       for (int64_t t = 0; t < n; ++t) {
         isa.silu_multiply(a.gate.data() + t * width + row, a.up.data() + t * width + row,
                           row_end - row);
-        // A tile of rows is a block of the next product's input.
-        static_assert(kTileRows == kBlockWeights);
+        // A tile of rows is a span of the next product's input.
+        static_assert(kTileRows == kSpanWeights);
         if (plans.down.contiguous()) {
           a.down_luts.build_range(plans.down, t, row, row_end, a.gate.data() + t * width);
         }
@@ -219,10 +219,10 @@ struct Decoder::Pass {
 
   // Tables of x [n, width].
   void build_all(const LutPlan& plan, Luts& luts, const float* x, int64_t width) {
-    team.parallel_for(n * plan.n_blocks(), [&](int64_t begin, int64_t end) {
+    team.parallel_for(n * plan.n_spans(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t t = i / plan.n_blocks();
-        luts.build(plan, t, i % plan.n_blocks(), x + t * width);
+        const int64_t t = i / plan.n_spans();
+        luts.build(plan, t, i % plan.n_spans(), x + t * width);
       }
     });
   }
@@ -241,11 +241,11 @@ Decoder::Decoder(DecoderConfig config, DecoderWeights weights)
 
 Decoder::~Decoder() = default;
 
-int64_t Decoder::most_blocks() const {
-  int64_t most = head_plan_.n_blocks();
+int64_t Decoder::most_spans() const {
+  int64_t most = head_plan_.n_spans();
   for (const LayerPlans& p : plans_) {
     most = std::max(
-        {most, p.qkv.n_blocks(), p.o.n_blocks(), p.gate_up.n_blocks(), p.down.n_blocks()});
+        {most, p.qkv.n_spans(), p.o.n_spans(), p.gate_up.n_spans(), p.down.n_spans()});
   }
   return most;
 }
@@ -263,7 +263,7 @@ std::unique_ptr<Activations> Decoder::take_activations(int64_t tokens, int threa
     }
     idle_.clear();  // too small: larger ones come back in their place
   }
-  return std::make_unique<Activations>(config_, weights_, most_blocks(), tokens, threads, n_ctx);
+  return std::make_unique<Activations>(config_, weights_, most_spans(), tokens, threads, n_ctx);
 }
 
 void Decoder::forward(const int32_t* ids, int64_t n, bool all, KvCache& cache, ThreadPool& pool,

@@ -5,7 +5,7 @@
 
 namespace tmac {
 
-void multiply_tiles(const Linear& w, Luts& luts, int64_t first_block, int64_t n_tokens,
+void multiply_tiles(const Linear& w, Luts& luts, int64_t first_span, int64_t n_tokens,
                     int64_t tile_begin, int64_t tile_end, float* y, int64_t stride) {
   const auto multiply =
       kernels().multiply_tile[luts.tables() == Tables::kExact ? 1 : 0][w.spec.bits - 1];
@@ -16,7 +16,7 @@ void multiply_tiles(const Linear& w, Luts& luts, int64_t first_block, int64_t n_
     for (int64_t t = 0; t < n_tokens; ++t) {
       float* out = y + t * stride + row;
       float whole[kTileRows];
-      multiply(w.spec, w.packed + tile * tile_bytes, luts.view(t, first_block),
+      multiply(w.spec, w.packed + tile * tile_bytes, luts.view(t, first_span),
                rows == kTileRows ? out : whole);
       if (rows < kTileRows) std::memcpy(out, whole, sizeof(float) * static_cast<size_t>(rows));
     }
@@ -27,18 +27,18 @@ void linear_forward(const Linear& w, Tables tables, const float* x, int64_t n, f
                     ThreadPool& pool) {
   constexpr int64_t kTokensAtOnce = 32;  // their tables stay in the second-level cache
   const LutPlan plan({w.spec});
-  Luts luts(tables, plan.n_blocks(), std::min(n, kTokensAtOnce));
+  Luts luts(tables, plan.n_spans(), std::min(n, kTokensAtOnce));
   pool.run([&](Team& team) {
     for (int64_t first = 0; first < n; first += kTokensAtOnce) {
       const int64_t tokens = std::min(kTokensAtOnce, n - first);
-      team.parallel_for(tokens * plan.n_blocks(), [&](int64_t begin, int64_t end) {
+      team.parallel_for(tokens * plan.n_spans(), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t token = i / plan.n_blocks();
-          luts.build(plan, token, i % plan.n_blocks(), x + (first + token) * w.spec.k);
+          const int64_t token = i / plan.n_spans();
+          luts.build(plan, token, i % plan.n_spans(), x + (first + token) * w.spec.k);
         }
       });
       team.parallel_for(w.spec.n_tiles(), [&](int64_t begin, int64_t end) {
-        multiply_tiles(w, luts, plan.first_block(0), tokens, begin, end, y + first * w.spec.m,
+        multiply_tiles(w, luts, plan.first_span(0), tokens, begin, end, y + first * w.spec.m,
                        w.spec.m);
       });
     }

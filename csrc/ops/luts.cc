@@ -6,14 +6,14 @@
 namespace tmac {
 namespace {
 
-// The 32 activations of one block, zeros where a chunk is padding. x [shape.k] -> out [32].
-void gather(const LutShape& shape, int64_t block, const float* x, float* out) {
-  std::memset(out, 0, sizeof(float) * kBlockWeights);
+// The 32 activations of one span, zeros where a chunk is padding. x [shape.k] -> out [32].
+void gather(const LutShape& shape, int64_t span, const float* x, float* out) {
+  std::memset(out, 0, sizeof(float) * kSpanWeights);
   const int64_t group_size = shape.contiguous() ? shape.k : shape.group_size;
   const int64_t group_chunks = ceil_div(group_size, kChunkWeights);
   const int64_t n_chunks = shape.n_chunks();
-  for (int64_t i = 0; i < kBlockChunks; ++i) {
-    const int64_t chunk = block * kBlockChunks + i;
+  for (int64_t i = 0; i < kSpanChunks; ++i) {
+    const int64_t chunk = span * kSpanChunks + i;
     if (chunk >= n_chunks) return;
     const int64_t group = chunk / group_chunks;
     const int64_t begin = group * group_size + chunk % group_chunks * kChunkWeights;
@@ -38,46 +38,43 @@ LutPlan::LutPlan(std::initializer_list<LinearSpec> readers) {
     auto set = std::find_if(sets_.begin(), sets_.end(),
                             [&](const Set& other) { return other.shape == shape; });
     if (set == sets_.end()) {
-      set = sets_.insert(set, {shape, n_blocks_});
-      n_blocks_ += shape.n_blocks();
+      set = sets_.insert(set, {shape, n_spans_});
+      n_spans_ += shape.n_spans();
     }
-    reader_blocks_.push_back(set->first_block);
+    reader_spans_.push_back(set->first_span);
   }
 }
 
-Luts::Luts(Tables tables, int64_t max_blocks, int64_t max_tokens)
+Luts::Luts(Tables tables, int64_t max_spans, int64_t max_tokens)
     : tables_(tables),
-      max_blocks_(max_blocks),
-      entries_(max_tokens * max_blocks * kBlockTables * table_bytes(tables)),
-      half_scale_(max_tokens * max_blocks),
-      chunk_sum_(max_tokens * max_blocks * kBlockChunks),
-      block_sum_(max_tokens * max_blocks) {}
+      max_spans_(max_spans),
+      entries_(max_tokens * max_spans * kSpanTables * table_bytes(tables)),
+      half_scale_(max_tokens * max_spans * kSpanBlocks),
+      chunk_sum_(max_tokens * max_spans * kSpanChunks),
+      block_sum_(max_tokens * max_spans * kSpanBlocks) {}
 
-LutView Luts::view(int64_t token, int64_t first_block) {
-  const int64_t at = token * max_blocks_ + first_block;
-  return {entries_.data() + at * kBlockTables * table_bytes(tables_), half_scale_.data() + at,
-          chunk_sum_.data() + at * kBlockChunks, block_sum_.data() + at};
+LutView Luts::view(int64_t token, int64_t first_span) {
+  const LutView all{entries_.data(), half_scale_.data(), chunk_sum_.data(), block_sum_.data()};
+  return all.from_span(token * max_spans_ + first_span, tables_);
 }
 
-void Luts::build(const LutPlan& plan, int64_t token, int64_t block, const float* x) {
+void Luts::build(const LutPlan& plan, int64_t token, int64_t span, const float* x) {
   const LutPlan::Set* set = plan.sets_.data();
-  while (block >= set->first_block + set->shape.n_blocks()) ++set;
-  const LutView lut = view(token, block);
-  const int64_t begin = (block - set->first_block) * kBlockWeights;
-  float gathered[kBlockWeights];
+  while (span >= set->first_span + set->shape.n_spans()) ++set;
+  const int64_t begin = (span - set->first_span) * kSpanWeights;
+  float gathered[kSpanWeights];
   const float* values = gathered;
-  if (set->shape.contiguous() && begin + kBlockWeights <= set->shape.k) {
+  if (set->shape.contiguous() && begin + kSpanWeights <= set->shape.k) {
     values = x + begin;
   } else {
-    gather(set->shape, block - set->first_block, x, gathered);
+    gather(set->shape, span - set->first_span, x, gathered);
   }
-  kernels().build_block(values, tables_, lut.entries, lut.half_scale, lut.chunk_sum,
-                        lut.block_sum);
+  kernels().build_span(values, tables_, view(token, span));
 }
 
 void Luts::build_range(const LutPlan& plan, int64_t token, int64_t begin, int64_t end,
                        const float* x) {
-  for (int64_t b = begin / kBlockWeights; b < ceil_div(end, kBlockWeights); ++b) {
+  for (int64_t b = begin / kSpanWeights; b < ceil_div(end, kSpanWeights); ++b) {
     build(plan, token, b, x);
   }
 }

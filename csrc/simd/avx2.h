@@ -25,7 +25,7 @@ struct Avx2 {
   static B lookup(B t, B index) { return _mm256_shuffle_epi8(t, index); }
 
   // 8 rows x 4 planes a vector. A lane takes 4 p2 + 8 p3: |.| <= 12 * 127 = 1524 a table, so int16
-  // holds 21 tables; a block has 8.
+  // holds 21 tables; a block has 4.
   struct Quad {
     I acc = _mm256_setzero_si256();
     void add(B b) {

@@ -34,7 +34,7 @@ struct Avx512 {
     void add(B b) { acc = _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(0x08040201), b); }
     I sum(int) const { return acc; }
 #else
-    // |4 p2 + 8 p3| <= 12 * 127 = 1524 a table: int16 holds 21 tables; a block has 8.
+    // |4 p2 + 8 p3| <= 12 * 127 = 1524 a table: int16 holds 21 tables; a block has 4.
     void add(B b) {
       acc = _mm512_add_epi16(acc, _mm512_maddubs_epi16(_mm512_set1_epi32(0x08040201), b));
     }

@@ -34,7 +34,7 @@ struct Neon {
     }
     I sum(int) const { return acc; }
 #else
-    int16x8_t lo = vdupq_n_s16(0), hi = vdupq_n_s16(0);  // |8 p3| <= 1016 a table, 8 tables a block
+    int16x8_t lo = vdupq_n_s16(0), hi = vdupq_n_s16(0);  // |8 p3| <= 1016 a table, 4 tables a block
     void add(B b) {
       const int8x8_t weights = vreinterpret_s8_u32(vdup_n_u32(0x08040201));
       lo = vmlal_s8(lo, vget_low_s8(b), weights);

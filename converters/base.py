@@ -1,0 +1,145 @@
+"""What every reader returns: a checkpoint whose tensors are loaded one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tmac_py.config import ModelConfig
+from tmac_py.errors import ModelFileError
+from tmac_py.quant import MatrixLike, QuantTensor
+
+Shape = tuple[int, ...]
+
+HEADS = ("model.embed_tokens.weight", "lm_head.weight")
+"""The two matrices over the vocabulary; they get their own number of bits."""
+
+NO_TOKENIZER = "{} has no tokenizer that is supported: the model will run by token ids only"
+"""Warning of a reader; takes the path."""
+
+_MAX_NAMES = 8
+"""Tensor names listed per kind of complaint; the rest are counted."""
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """One tensor of a checkpoint under its Hugging Face name.
+
+    ``load`` returns a QuantTensor where the checkpoint stores codes, a lazy float matrix ``[m, k]``
+    where it stores floats (``dense``), and a float32 array ``[n]`` for a norm.
+    """
+
+    name: str
+    shape: Shape
+    load: Callable[[], QuantTensor | MatrixLike | NDArray[np.float32]]
+    dense: bool = False
+
+    @property
+    def n_elements(self) -> int:
+        """Number of weights."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as a reader understood it.
+
+    ``tokenizer`` maps the file names a .lut carries to their contents (empty: no tokenizer),
+    ``source`` says where the weights came from, ``warnings`` are for the user.
+    """
+
+    config: ModelConfig
+    tokenizer: dict[str, bytes]
+    source: dict[str, str]
+    tensors: Sequence[TensorSource]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def n_tensors(self) -> int:
+        """Number of tensors, norms included."""
+        return len(self.tensors)
+
+    @property
+    def n_elements(self) -> int:
+        """Number of weights, norms included."""
+        return sum(tensor.n_elements for tensor in self.tensors)
+
+
+class Reader(Protocol):
+    """One checkpoint format: a module with these two functions, listed in tmac_py.converters."""
+
+    def detect(self, path: Path) -> bool:
+        """Whether ``path`` is of this format; looks at names and first bytes only."""
+
+    def read(self, path: Path) -> Checkpoint:
+        """Check everything but the weights' values; raises ModelFileError or UnsupportedError."""
+
+
+@dataclass(frozen=True)
+class FloatMatrix:
+    """Rows of a stored float matrix ``[m, k]``, converted to float32 as they are sliced.
+
+    ``stored`` is float16, float32, or uint16 holding bfloat16; ``rows`` reorders the rows.
+    """
+
+    stored: NDArray[np.generic]
+    rows: NDArray[np.intp] | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """``(m, k)``."""
+        return self.stored.shape
+
+    def __getitem__(self, rows: slice, /) -> NDArray[np.float32]:
+        return as_float32(self.stored[rows if self.rows is None else self.rows[rows]])
+
+
+def as_float32(stored: NDArray[np.generic]) -> NDArray[np.float32]:
+    """Convert float16, float32 or (as uint16) bfloat16 values to float32."""
+    if stored.dtype == np.uint16:
+        shifted: NDArray[np.uint32] = stored.astype(np.uint32)
+        shifted <<= np.uint32(16)
+        return shifted.view(np.float32)
+    return stored.astype(np.float32)
+
+
+def check_tensors(
+    path: Path,
+    found: Mapping[str, Shape],
+    expected: Mapping[str, Shape],
+    *,
+    name_of: Callable[[str], str] = lambda name: name,
+) -> None:
+    """Raise one ModelFileError that names all missing, extra and mis-shaped tensors.
+
+    ``name_of`` turns a Hugging Face name into the one the file uses.
+    """
+    missing = [f"{name_of(n)} {list(expected[n])}" for n in expected if n not in found]
+    extra = [f"{name_of(n)} {list(found[n])}" for n in found if n not in expected]
+    misshaped = [
+        f"{name_of(n)} {list(found[n])} instead of {list(expected[n])}"
+        for n in expected
+        if n in found and tuple(found[n]) != tuple(expected[n])
+    ]
+    complaints = [
+        f"{what}: {_listed(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("not expected", extra),
+            ("of another shape", misshaped),
+        )
+        if names
+    ]
+    if complaints:
+        raise ModelFileError(f"{path}: tensors {'; '.join(complaints)}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    every = list(names)
+    shown = ", ".join(every[:_MAX_NAMES])
+    return shown + (f" and {len(every) - _MAX_NAMES} more" if len(every) > _MAX_NAMES else "")

@@ -1,0 +1,288 @@
+"""Reader for GGUF files of the llama architecture (Llama 2/3, Mistral, SmolLM2, TinyLlama)."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import ReaderTensor
+from numpy.typing import NDArray
+
+from tmac_py.config import ModelConfig
+from tmac_py.converters.base import (
+    NO_TOKENIZER,
+    Checkpoint,
+    FloatMatrix,
+    TensorSource,
+    as_float32,
+    check_tensors,
+)
+from tmac_py.converters.gguf_container import MAGIC, GGUFFile, Metadata
+from tmac_py.converters.gguf_types import BLOCK_TYPES, FLOAT_TYPES, decode_tensor
+from tmac_py.converters.gguf_vocab import read_vocab
+from tmac_py.errors import ModelFileError, UnsupportedError
+from tmac_py.quant import QuantTensor
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""Parts of GGUF tensor names -> parts of Hugging Face names."""
+
+_GGUF_NAMES = {ours: theirs for theirs, ours in _NAMES.items()}
+
+_ROPE_FACTORS = "rope_freqs.weight"
+
+_KNOWN_TYPES = ", ".join((*FLOAT_TYPES, *BLOCK_TYPES))
+
+
+def detect(path: Path) -> bool:
+    """Whether ``path`` is a file that begins like a GGUF file, or is named like one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == MAGIC or path.suffix == ".gguf"
+
+
+def read(path: Path) -> Checkpoint:
+    """Check the file's structure, configuration, tokenizer and tensor list; weights stay mapped.
+
+    Raises ModelFileError or UnsupportedError.
+    """
+    file = GGUFFile(path)
+    metadata = file.metadata
+    _refuse_unsupported(path, metadata, file.tensors)
+    try:
+        vocab = read_vocab(path, metadata)
+        config = _config(metadata, file.tensors)
+        if vocab is not None:
+            config = replace(
+                config,
+                bos_token_id=vocab.bos_token_id,
+                eos_token_ids=vocab.eos_token_ids,
+                add_bos_token=vocab.add_bos_token,
+            )
+        config.validate()
+    except (ModelFileError, UnsupportedError) as error:
+        text = str(error)
+        raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from error
+    if vocab is not None and vocab.size != config.vocab_size:
+        raise ModelFileError(
+            f"{path}: the vocabulary has {vocab.size} tokens, "
+            f"the embedding {config.vocab_size} rows"
+        )
+    tensors = {
+        _hf_name(name): tensor for name, tensor in file.tensors.items() if name != _ROPE_FACTORS
+    }
+    shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
+    expected = config.tensor_shapes()
+    check_tensors(path, shapes, expected, name_of=_gguf_name)
+    _refuse_types(path, tensors)
+    source = {"format": "gguf", "file": path.name}
+    if (name := metadata.find("general.name", str)) is not None:
+        source["name"] = name
+    return Checkpoint(
+        config=config,
+        tokenizer={} if vocab is None else vocab.files,
+        source=source,
+        tensors=[_source(name, tensors[name], config) for name in expected],
+        warnings=(NO_TOKENIZER.format(path),) if vocab is None else vocab.warnings,
+    )
+
+
+def _refuse_unsupported(path: Path, metadata: Metadata, tensors: dict[str, ReaderTensor]) -> None:
+    architecture = metadata.get("general.architecture", str)
+    if architecture != "llama":
+        raise UnsupportedError(f"{path}: architecture {architecture!r} is not supported (llama)")
+    if metadata.get("llama.expert_count", int, 0):
+        raise UnsupportedError(f"{path}: mixture-of-experts models are not supported")
+    if "split.count" in metadata and metadata.get("split.count", int) > 1:
+        raise UnsupportedError(f"{path}: split GGUF files are not supported; join them first")
+    if biases := [name for name in tensors if name.endswith(".bias")]:
+        raise UnsupportedError(
+            f"{path}: biases are not supported ({biases[0]}, {len(biases)} in all)"
+        )
+    for key in ("llama.logit_scale", "llama.embedding_scale", "llama.residual_scale"):
+        if metadata.get(key, float, 1.0) not in (0.0, 1.0):
+            raise UnsupportedError(f"{path}: metadata key {key} is not supported")
+
+
+def _refuse_types(path: Path, tensors: dict[str, ReaderTensor]) -> None:
+    """Matrices may be of any type known here, norms are float."""
+    bad = [
+        f"{_gguf_name(name)} {tensor.tensor_type.name}"
+        for name, tensor in tensors.items()
+        if tensor.tensor_type.name not in FLOAT_TYPES
+        and (len(tensor.shape) == 1 or tensor.tensor_type.name not in BLOCK_TYPES)
+    ]
+    if bad:
+        shown = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+        raise UnsupportedError(f"{path}: tensor types are not supported: {shown} ({_KNOWN_TYPES})")
+
+
+def _config(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> ModelConfig:
+    hidden = metadata.get("llama.embedding_length", int)
+    heads = metadata.get("llama.attention.head_count", int)
+    if heads < 1:
+        raise ModelFileError(f"metadata key llama.attention.head_count is {heads}")
+    head_dim = metadata.get("llama.attention.key_length", int, hidden // heads)
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if metadata.get(key, int, head_dim) != head_dim:
+            raise UnsupportedError(
+                f"metadata key {key} is {metadata.get(key, int)}: "
+                f"only the full head, {head_dim}, is supported"
+            )
+    embedding = tensors.get("token_embd.weight")
+    theta = metadata.get("llama.rope.freq_base", float, 10000.0)
+    context = metadata.get("llama.context_length", int)
+    return ModelConfig(
+        hidden_size=hidden,
+        intermediate_size=metadata.get("llama.feed_forward_length", int),
+        num_hidden_layers=metadata.get("llama.block_count", int),
+        num_attention_heads=heads,
+        num_key_value_heads=metadata.get("llama.attention.head_count_kv", int, heads),
+        head_dim=head_dim,
+        vocab_size=(
+            metadata.get("llama.vocab_size", int) if embedding is None else _shape(embedding)[0]
+        ),
+        rms_norm_eps=_short(metadata.get("llama.attention.layer_norm_rms_epsilon", float)),
+        rope_theta=_short(theta),
+        rope_scaling=_rope_scaling(metadata, tensors, theta, head_dim, context),
+        max_position_embeddings=context,
+        tie_word_embeddings="output.weight" not in tensors,
+        sliding_window=metadata.get("llama.attention.sliding_window", int, 0),
+    )
+
+
+def _short(value: float) -> float:
+    """The shortest decimal number that is the same float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(
+    metadata: Metadata,
+    tensors: dict[str, ReaderTensor],
+    theta: float,
+    head_dim: int,
+    context: int,
+) -> dict[str, Any] | None:
+    kind = metadata.get("llama.rope.scaling.type", str, "none")
+    factor = _short(metadata.get("llama.rope.scaling.factor", float, 1.0))
+    if "llama.rope.scale_linear" in metadata:  # the key of the first GGUF files
+        kind, factor = "linear", _short(metadata.get("llama.rope.scale_linear", float))
+    if _ROPE_FACTORS in tensors:
+        if kind not in ("none", "linear") or factor != 1.0:
+            raise UnsupportedError(f"{_ROPE_FACTORS} together with rope scaling {kind!r}")
+        return _factor_scaling(tensors[_ROPE_FACTORS], theta, head_dim)
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind != "yarn":
+        raise UnsupportedError(f"rope scaling {kind!r} is not supported (none, linear, yarn)")
+    original = metadata.get("llama.rope.scaling.original_context_length", int, context)
+    scaling: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+    }
+    for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+        if (value := metadata.find(f"llama.rope.scaling.{theirs}", float)) is not None:
+            scaling[ours] = _short(value)
+    attention = metadata.get("llama.rope.scaling.attn_factor", float, 1.0)
+    if attention != 1.0:
+        scaling["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
+    return scaling
+
+
+def _factor_scaling(tensor: ReaderTensor, theta: float, head_dim: int) -> dict[str, Any]:
+    """The numbers each RoPE frequency is divided by, as Llama 3's formula where they follow it."""
+    if tensor.tensor_type.name != "F32" or tensor.data.shape != (head_dim // 2,):
+        raise ModelFileError(
+            f"tensor {_ROPE_FACTORS} {tensor.tensor_type.name}{list(tensor.data.shape)}: "
+            f"F32[{head_dim // 2}] is needed"
+        )
+    factors = tensor.data.astype(np.float64)
+    if not (np.isfinite(factors).all() and (factors > 0).all()):
+        raise ModelFileError(f"tensor {_ROPE_FACTORS} holds numbers that are not positive")
+    plain = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    for low, high, original in ((1.0, 4.0, 8192),):
+        keep = np.clip((original * plain / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
+        if np.allclose(1 / factors, keep + (1 - keep) / factors.max(), rtol=1e-5):
+            return {
+                "rope_type": "llama3",
+                "factor": float(factors.max()),
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    return {"rope_type": "factors", "factors": [float(factor) for factor in factors]}
+
+
+def _hf_name(name: str) -> str:
+    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; unknown names stay."""
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
+    if match is None or match[2] not in _NAMES:
+        return name
+    layer = "" if match[1] is None else f"model.layers.{match[1]}."
+    return f"{layer}{_NAMES[match[2]]}.weight"
+
+
+def _gguf_name(name: str) -> str:
+    """The inverse of ``_hf_name``."""
+    match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name)
+    if match is None or match[2] not in _GGUF_NAMES:
+        return name
+    layer = "" if match[1] is None else f"blk.{match[1]}."
+    return f"{layer}{_GGUF_NAMES[match[2]]}.weight"
+
+
+def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
+    """GGUF lists the fastest dimension first."""
+    return tuple(int(dim) for dim in reversed(tensor.shape))
+
+
+def _source(name: str, tensor: ReaderTensor, config: ModelConfig) -> TensorSource:
+    shape, kind = _shape(tensor), tensor.tensor_type.name
+    rows = _row_order(name, config)
+    if kind in BLOCK_TYPES:
+        return TensorSource(name, shape, partial(_load_codes, tensor, rows))
+    stored: NDArray[Any] = tensor.data.view(FLOAT_TYPES[kind]).reshape(shape)
+    if len(shape) == 1:
+        return TensorSource(name, shape, partial(as_float32, stored))
+    return TensorSource(name, shape, partial(FloatMatrix, stored, rows), dense=True)
+
+
+def _load_codes(tensor: ReaderTensor, rows: NDArray[np.intp] | None) -> QuantTensor:
+    return decode_tensor(tensor.data, BLOCK_TYPES[tensor.tensor_type.name], rows=rows)
+
+
+def _row_order(name: str, config: ModelConfig) -> NDArray[np.intp] | None:
+    """Where each row of q and k stands in the file, None for other tensors.
+
+    llama.cpp stores the two halves of every head interleaved: row 2i + s of a head is row
+    s * head_dim / 2 + i of Hugging Face's order.
+    """
+    heads = {
+        "q_proj": config.num_attention_heads,
+        "k_proj": config.num_key_value_heads,
+    }.get(name.split(".")[-2])
+    if heads is None:
+        return None
+    rows = np.arange(heads * config.head_dim).reshape(heads, config.head_dim // 2, 2)
+    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)

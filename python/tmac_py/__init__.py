@@ -1,0 +1,60 @@
+"""tmac_py: low-bit language models on the CPU, multiplied by table lookup.
+
+>>> import tmac_py
+>>> with tmac_py.Model.load("model.lut") as model:           # doctest: +SKIP
+...     print(model.generate("The capital of France is", max_tokens=16))
+
+Names are imported when they are first used, so ``import tmac_py`` itself costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tmac_py.errors import (
+    ContextError,
+    DownloadError,
+    ModelFileError,
+    TmacError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from tmac_py.generate import Result, Token
+    from tmac_py.linear import LutLinear
+    from tmac_py.model import Model
+
+    __version__: str
+
+__all__ = [
+    "ContextError",
+    "DownloadError",
+    "LutLinear",
+    "Model",
+    "ModelFileError",
+    "Result",
+    "TmacError",
+    "Token",
+    "UnsupportedError",
+    "__version__",
+]
+
+_HOMES = {
+    "LutLinear": "tmac_py.linear",
+    "Model": "tmac_py.model",
+    "Result": "tmac_py.generate",
+    "Token": "tmac_py.generate",
+    "__version__": "tmac_py._core",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,45 @@
+"""Numbers that users give: checked once, with errors that name the option and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+
+from tmac_py.errors import TmacError
+
+
+def check_whole(
+    name: str,
+    value: Any,
+    low: int,
+    high: int | None = None,
+    *,
+    note: str = "",
+    error: type[TmacError] = TmacError,
+) -> int:
+    """``value`` if it is a whole number from ``low`` to ``high`` (None: without limit).
+
+    ``note`` explains special values in the error, which is of type ``error``.
+    """
+    try:
+        number = low - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = low - 1
+    if number < low or (high is not None and number > high):
+        upper = "up" if high is None else f"to {high}"
+        raise error(f"{name} is {value!r}; allowed: {low} {upper}{note}")
+    return number
+
+
+def check_real(
+    name: str, value: Any, low: float, high: float, allowed: str, *, above_low: bool = False
+) -> None:
+    """TmacError unless ``value`` is a finite number from ``low`` (or above it) to ``high``."""
+    valid = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if valid:
+        valid = math.isfinite(value) and low <= value <= high and not (above_low and value == low)
+    if not valid:
+        raise TmacError(f"{name} is {value!r}; allowed: {allowed}")

@@ -1,0 +1,133 @@
+"""``tmac convert``: a GGUF file or a Hugging Face folder becomes a .lut file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from tmac_py.cli.tables import format_bytes
+from tmac_py.errors import TmacError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``tmac convert``."""
+    parser.add_argument("source", metavar="SOURCE", help="GGUF file or Hugging Face folder")
+    parser.add_argument("out", metavar="OUT.lut", nargs="?", help="file to write")
+    parser.add_argument(
+        "-o", "--outfile", metavar="OUT.lut", help="file to write, for those who prefer an option"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT.lut if it exists")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    dense = parser.add_argument_group(
+        "quantisation", "of matrices that SOURCE stores as floats; codes it stores are always kept"
+    )
+    dense.add_argument("--bits", type=int, metavar="N", help="bits per weight, 1 to 8 (default: 4)")
+    dense.add_argument(
+        "--head-bits", type=int, metavar="N", help="bits of embedding and lm_head (default: 8)"
+    )
+    dense.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="weights that share a scale: a multiple of 4, or -1 for a whole row (default: 32)",
+    )
+    dense.add_argument(
+        "--asym",
+        action=argparse.BooleanOptionalAction,
+        help="store an offset per group (default: below 8 bits)",
+    )
+    dense.add_argument(
+        "--search",
+        choices=("minmax", "mse"),
+        default="mse",
+        help="range of a group: all of it, or the one with the least squared error (default: mse)",
+    )
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Convert; messages go to stderr. Returns the exit status, raises TmacError or OSError."""
+    out = _out_path(args)
+    from tmac_py.converters import convert
+
+    start = time.perf_counter()
+    with _Progress(quiet=args.quiet) as progress:
+        convert(
+            args.source,
+            out,
+            bits=args.bits,
+            group_size=args.group_size,
+            asym=args.asym,
+            search=args.search,
+            head_bits=args.head_bits,
+            progress=progress,
+            warn=progress.warn,
+        )
+    if not args.quiet:
+        seconds = time.perf_counter() - start
+        print(f"{_summary(out)}, {seconds:.1f} s", file=sys.stderr)
+    return 0
+
+
+def _out_path(args: argparse.Namespace) -> Path:
+    names = [name for name in (args.out, args.outfile) if name is not None]
+    if len(names) != 1:
+        raise TmacError("one output file is needed: OUT.lut or -o OUT.lut")
+    out = Path(names[0])
+    if out.is_dir():
+        raise TmacError(f"{out}: is a folder; the name of a .lut file is needed")
+    if out.exists() and Path(args.source).exists() and out.samefile(args.source):
+        raise TmacError(f"{out}: is the source itself")
+    if out.exists() and not args.force:
+        raise TmacError(f"{out}: exists already; --force replaces it")
+    if not out.absolute().parent.is_dir():
+        raise TmacError(f"{out}: the folder {out.absolute().parent} does not exist")
+    return out
+
+
+def _summary(out: Path) -> str:
+    from tmac_py.lutfile import LutFile
+
+    with LutFile.open(out, check=False) as file:
+        linears = [entry for entry in file.tensors.values() if entry.kind == "linear"]
+        weights = sum(entry.shape[0] * entry.shape[1] for entry in linears)
+        bits = sum(entry.nbytes for entry in linears) * 8 / weights
+        return f"{out}: {format_bytes(file.nbytes)}, {bits:.3f} bits per weight"
+
+
+class _Progress:
+    """A bar over all weights, on a terminal; a call moves it."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: tqdm[NoReturn] | None = None
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        if self._quiet or not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            self._bar = tqdm(desc="Converting", total=total, unit="w", unit_scale=True, leave=False)
+        self._bar.set_postfix_str(name, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def warn(self, text: str) -> None:
+        """Print one warning line."""
+        if not self._quiet:
+            print(f"warning: {text}", file=sys.stderr)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

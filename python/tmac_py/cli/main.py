@@ -1,0 +1,210 @@
+"""The program ``tmac`` and the short names of its subcommands; errors become one line here.
+
+Exit status: 0 done, 2 an error (one line on stderr), 130 ended by Ctrl-C, 141 the reader of stdout
+went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NoReturn
+
+from tmac_py.errors import TmacError
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: module ``tmac_py.cli.<name>`` has ``add_arguments`` and ``execute``."""
+
+    name: str
+    summary: str
+    examples: tuple[str, ...]
+
+
+COMMANDS = (
+    Command(
+        "run",
+        "answer a prompt with a language model",
+        (
+            'tmac run --prompt "Why is the sky blue?"',
+            'tmac run model.lut -p "Once upon a time" --raw -n 64 --temp 0',
+            "git diff | tmac run model.lut --system 'Summarise this change.'",
+            "tmac run -f question.txt --json --seed 1 > answer.json",
+        ),
+    ),
+    Command(
+        "convert",
+        "convert a GGUF file or a Hugging Face folder to a .lut file",
+        (
+            "tmac convert model.Q4_1.gguf model.lut",
+            "tmac convert ./SmolLM2-135M-Instruct model.lut --bits 4 --group-size 64",
+        ),
+    ),
+    Command(
+        "inspect",
+        "show and check what a .lut file holds",
+        ("tmac inspect model.lut", "tmac inspect model.lut --tensors --json"),
+    ),
+    Command(
+        "info",
+        "show what this installation and this machine can do",
+        ("tmac info", "tmac info --json"),
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``tmac``: one program, a subcommand each. Returns the exit status."""
+    parser = _Parser(prog="tmac", description="Low-bit language models on the CPU.")
+    _add_common(parser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    for command in COMMANDS:
+        texts = _texts(command, f"tmac {command.name}")
+        _declare(command, commands.add_parser(command.name, help=command.summary, **texts))
+    return _execute(parser, argv)
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """``tmac-run``, short for ``tmac run``. Returns the exit status."""
+    return _single("run", argv)
+
+
+def convert(argv: Sequence[str] | None = None) -> int:
+    """``tmac-convert``, short for ``tmac convert``. Returns the exit status."""
+    return _single("convert", argv)
+
+
+def inspect(argv: Sequence[str] | None = None) -> int:
+    """``tmac-inspect``, short for ``tmac inspect``. Returns the exit status."""
+    return _single("inspect", argv)
+
+
+def info(argv: Sequence[str] | None = None) -> int:
+    """``tmac-info``, short for ``tmac info``. Returns the exit status."""
+    return _single("info", argv)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Options must be spelled out, and an error is one line."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("allow_abbrev", False)
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class _ShowVersion(argparse.Action):
+    """Prints the version and the instruction set in use."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from tmac_py import _core
+
+        print(f"{parser.prog} {_core.__version__} ({_core.active_isa()})")
+        parser.exit()
+
+
+def _single(name: str, argv: Sequence[str] | None) -> int:
+    command = next(command for command in COMMANDS if command.name == name)
+    parser = _Parser(prog=f"tmac-{name}", **_texts(command, f"tmac-{name}"))
+    _declare(command, parser)
+    return _execute(parser, argv)
+
+
+def _texts(command: Command, prog: str) -> dict[str, Any]:
+    """Description and epilog of a command that is called as ``prog``."""
+    examples = [line.replace(f"tmac {command.name}", prog) for line in command.examples]
+    return {
+        "description": f"{command.summary[0].upper()}{command.summary[1:]}.",
+        "epilog": "examples:\n  " + "\n  ".join(examples),
+    }
+
+
+def _declare(command: Command, parser: argparse.ArgumentParser) -> None:
+    module = import_module(f"tmac_py.cli.{command.name}")
+    module.add_arguments(parser)
+    _add_common(parser)
+    parser.set_defaults(execute=module.execute, prog=parser.prog)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-v",
+        "--version",
+        action=_ShowVersion,
+        nargs=0,
+        help="show the version and the instruction set in use, and exit",
+    )
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="show where an error arises (traceback)",
+    )
+
+
+def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parse and run; every error that is not a fault of this program becomes one line."""
+    args = argparse.Namespace(prog=parser.prog, debug=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 still shows text
+    try:
+        _check_environment()
+        parser.parse_args(argv, namespace=args)
+        status: int = args.execute(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return EXIT_BROKEN_PIPE
+    except (TmacError, OSError, MemoryError) as error:
+        if args.debug:
+            raise
+        print(f"{args.prog}: error: {_one_line(error)}", file=sys.stderr)
+        return EXIT_ERROR
+    finally:
+        _let_go_of_stdout()
+
+
+def _check_environment() -> None:
+    """TmacError if TMAC_ISA names an instruction set that does not run here."""
+    if os.environ.get("TMAC_ISA"):
+        from tmac_py import _core
+
+        try:
+            _core.active_isa()
+        except ValueError as error:
+            raise TmacError(str(error)) from error
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def _let_go_of_stdout() -> None:
+    """Without a reader or room on the disk, keep the interpreter from complaining once more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""``tmac run``: answer one prompt. Text goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tmac_py.cli.models import DEFAULT_MODEL, resolve_model
+from tmac_py.errors import TmacError
+
+if TYPE_CHECKING:
+    from tmac_py.model import Model
+
+_NUMBER = re.compile(r"-?[0-9]{1,18}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``tmac run``."""
+    _add_model_arguments(parser)
+    _add_prompt_arguments(parser)
+    _add_generation_arguments(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object at the end: text, token ids, finish reason, timings",
+    )
+    output.add_argument("-q", "--quiet", action="store_true", help="no progress, no statistics")
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help=f"a .lut file, or the name of a model to fetch (default: {DEFAULT_MODEL})",
+    )
+    group.add_argument("-m", "--model", dest="model_option", metavar="MODEL", help="the same")
+    group.add_argument(
+        "-t",
+        "--threads",
+        type=_whole(1, 1024),
+        metavar="N",
+        help="threads to compute with (default: the physical performance cores)",
+    )
+    group.add_argument(
+        "-c",
+        "--ctx-size",
+        type=_whole(0),
+        default=0,
+        metavar="N",
+        help="tokens of context, prompt and answer together (0 = what they need, within what the "
+        "model allows)",
+    )
+    group.add_argument(
+        "--tables",
+        choices=("int8", "exact"),
+        default="int8",
+        help="lookup tables of 8 bits, or of 16 that lose nothing and are slower (default: int8)",
+    )
+    group.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="where fetched models are kept (default: $TMAC_CACHE, else the user's cache)",
+    )
+    group.add_argument("--offline", action="store_true", help="never fetch a model")
+    group.add_argument(
+        "--no-check", action="store_true", help="do not compare the file with its checksums"
+    )
+
+
+def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument(
+        "-p",
+        "--prompt",
+        metavar="TEXT",
+        help="the prompt; - reads standard input, which is also read when it is not a terminal "
+        "and neither -p nor -f is given",
+    )
+    source.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file")
+    group.add_argument(
+        "--system", "-sys", "--system-prompt", metavar="TEXT", help="instructions for a chat model"
+    )
+    group.add_argument(
+        "--raw",
+        "-no-cnv",
+        action="store_true",
+        help="continue the prompt as it is, without the model's chat template",
+    )
+
+
+def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("generation")
+    group.add_argument(
+        "-n",
+        "--n-predict",
+        "--max-tokens",
+        "--predict",
+        dest="max_tokens",
+        type=_whole(1, unlimited=True),
+        default=-1,
+        metavar="N",
+        help="the most tokens to generate (default: -1 = until the answer ends or the context is "
+        "full)",
+    )
+    group.add_argument(
+        "--temp",
+        "--temperature",
+        dest="temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="randomness; 0 always takes the most likely token (default: 0.8)",
+    )
+    for name, kind, default, text in (
+        ("top-k", int, 40, "choose among the N most likely tokens (0 = all)"),
+        ("top-p", float, 0.95, "choose among the likeliest tokens that make up N (1 = all)"),
+        (
+            "min-p",
+            float,
+            0.05,
+            "drop tokens below N times the likeliest one's probability (0 = off)",
+        ),
+        ("repeat-penalty", float, 1.0, "make recent tokens less likely (1 = off)"),
+        ("repeat-last-n", int, 64, "tokens the penalties look back at (0 = none, -1 = all)"),
+        ("presence-penalty", float, 0.0, "taken off the logit of every recent token (0 = off)"),
+        ("frequency-penalty", float, 0.0, "the same for each time it occurs (0 = off)"),
+    ):
+        group.add_argument(
+            f"--{name}",
+            type=kind,
+            default=default,
+            metavar="N",
+            help=f"{text} (default: {default})",
+        )
+    group.add_argument(
+        "-s",
+        "--seed",
+        type=_whole(0, unlimited=True),
+        default=-1,
+        metavar="N",
+        help="the same seed gives the same answer (default: -1 = a random one)",
+    )
+    group.add_argument(
+        "--stop",
+        "-r",
+        "--reverse-prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the answer before this text; may be given several times",
+    )
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Answer the prompt; returns the exit status: 0, or 130 after Ctrl-C."""
+    name = _model_name(args)
+    prompt = _read_prompt(args)
+    sampling = _sampling_options(args)
+    path = resolve_model(name, cache_dir=args.cache_dir, offline=args.offline, quiet=args.quiet)
+
+    from tmac_py.cli.answer import Answer
+    from tmac_py.model import Model
+
+    with Model.load(
+        path, threads=args.threads, tables=args.tables, check=not args.no_check
+    ) as model:
+        chat, ids = _prompt_ids(model, prompt, args)
+        answer = Answer(n_prompt=len(ids))
+        stream = model.stream(
+            ids,
+            max_tokens=args.max_tokens,
+            n_ctx=args.ctx_size,
+            stop=args.stop,
+            trim_space=chat,
+            progress=answer.prefilled,
+            **sampling,
+        )
+        with closing(stream):
+            answer.collect(stream, show=None if args.json else _show)
+    if args.json:
+        print(json.dumps(answer.to_json(name, ids, sampling["seed"]), ensure_ascii=False))
+    elif not answer.text.endswith("\n"):
+        print(flush=True)
+    if not args.quiet:
+        print(answer.statistics(), file=sys.stderr)
+    return 130 if answer.interrupted else 0
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _model_name(args: argparse.Namespace) -> str:
+    given = {name for name in (args.model, args.model_option) if name is not None}
+    if len(given) > 1:
+        raise TmacError(f"two models are given: {args.model} and -m {args.model_option}")
+    return str(given.pop()) if given else DEFAULT_MODEL
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    """The prompt from -p, -f or standard input, the newline at the end of a file left out."""
+    if args.system is not None and args.raw:
+        raise TmacError("--system needs the chat template, which --raw leaves out")
+    if args.prompt is not None and args.prompt != "-":
+        text: str = args.prompt
+    elif args.file is not None and args.file != "-":
+        text = _decode(Path(args.file).read_bytes(), args.file)
+    elif sys.stdin is None or (args.prompt is None and args.file is None and sys.stdin.isatty()):
+        raise TmacError("no prompt: give one with -p/--prompt, -f/--file or on standard input")
+    else:
+        text = _decode(sys.stdin.buffer.read(), "standard input")
+    if not text.strip():
+        raise TmacError(
+            "the prompt is empty: give text with -p/--prompt, -f/--file or on standard input"
+        )
+    return text
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = data[error.start]
+        raise TmacError(
+            f"{where}: not UTF-8 text (byte 0x{byte:02x} at offset {error.start:,})"
+        ) from error
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that choose tokens, checked, with a seed in any case."""
+    from tmac_py.generate import check_stop
+    from tmac_py.sampling import SamplingParams, new_seed
+
+    check_stop(args.stop)
+    options = {
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repeat_penalty": args.repeat_penalty,
+        "repeat_last_n": args.repeat_last_n,
+        "presence_penalty": args.presence_penalty,
+        "frequency_penalty": args.frequency_penalty,
+        "seed": new_seed() if args.seed < 0 else args.seed,
+    }
+    SamplingParams(**options)
+    return options
+
+
+def _prompt_ids(model: Model, prompt: str, args: argparse.Namespace) -> tuple[bool, list[int]]:
+    """Whether the chat template applies, and the ids of the prompt."""
+    if args.raw or model.chat_template is None:
+        if args.system is not None:
+            raise TmacError("--system needs a chat template, and this model has none")
+        return False, model.tokenizer.encode(prompt)
+    messages = [{"role": "user", "content": prompt}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": args.system})
+    return True, model.chat_prompt(messages)
+
+
+def _whole(low: int, high: int | None = None, *, unlimited: bool = False) -> Callable[[str], int]:
+    """An argparse type: a whole number from ``low`` to ``high``, and -1 if ``unlimited``."""
+    allowed = f"a whole number from {low} " + (f"to {high}" if high is not None else "up")
+    if unlimited:
+        allowed += ", or -1"
+
+    def parse(text: str) -> int:
+        value = int(text) if _NUMBER.fullmatch(text) else None
+        if value is not None:
+            if low <= value and (high is None or value <= high):
+                return value
+            if unlimited and value == -1:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give {allowed}")
+
+    return parse

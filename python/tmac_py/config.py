@@ -1,0 +1,256 @@
+"""What a model is: sizes, RoPE and special tokens, under the names transformers gives them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tmac_py.errors import ModelFileError, UnsupportedError
+from tmac_py.rope import check_rope_scaling, normalize_rope_scaling, rope_frequencies
+
+MODEL_TYPES = ("llama", "mistral")
+"""``model_type`` in config.json: Llama 2/3, SmolLM2 and TinyLlama all say "llama"."""
+
+_MAX_SIZE = 2**31 - 1
+_MAX_LAYERS = 4096
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One decoder. Immutable; construction does not check, ``validate`` does.
+
+    ``rope_scaling`` is None for plain RoPE, else a dict with "rope_type" and the keys of that type
+    (tmac_py.rope). ``sliding_window`` counts positions, 0 means none.
+    """
+
+    architecture: str = "llama"
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None = None
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    sliding_window: int = 0
+    hidden_act: str = "silu"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    add_bos_token: bool = False
+
+    @classmethod
+    def from_hf(
+        cls,
+        config: Mapping[str, Any],
+        generation_config: Mapping[str, Any] | None = None,
+    ) -> ModelConfig:
+        """Read the contents of config.json and, if there is one, generation_config.json.
+
+        The end-of-text tokens of generation_config win over those of config. ``add_bos_token`` is
+        left False: it stands in the tokenizer's own files. Raises UnsupportedError for what this
+        package cannot run, ModelFileError for missing or inconsistent values.
+        """
+        _refuse_unsupported(config)
+        model_type = config["model_type"]
+        heads = _integer(config, "num_attention_heads")
+        hidden = _integer(config, "hidden_size")
+        context = _integer(config, "max_position_embeddings", 2048)
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        if "original_max_position_embeddings" in config and _rope_type(rope) in ("llama3", "yarn"):
+            rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+        if "partial_rotary_factor" in config:
+            rope.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+        theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+        eos = (generation_config or {}).get("eos_token_id", config.get("eos_token_id"))
+        result = cls(
+            hidden_size=hidden,
+            intermediate_size=_integer(config, "intermediate_size"),
+            num_hidden_layers=_integer(config, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=_integer(
+                config, "num_key_value_heads", 8 if model_type == "mistral" else heads
+            ),
+            head_dim=_integer(config, "head_dim", hidden // max(heads, 1)),
+            vocab_size=_integer(config, "vocab_size"),
+            rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
+            rope_theta=_number({"rope_theta": theta}, "rope_theta"),
+            rope_scaling=normalize_rope_scaling(rope, max_position_embeddings=context),
+            max_position_embeddings=context,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            sliding_window=_sliding_window(config) if model_type == "mistral" else 0,
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        )
+        result.validate()
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values; ``from_dict`` is the inverse."""
+        return {**asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Read what ``to_dict`` wrote; ModelFileError for an unknown, missing or mistyped key."""
+        names = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(names)):
+            raise ModelFileError(f"config: unknown key {', '.join(unknown)}")
+        if missing := [name for name in names if name not in values]:
+            raise ModelFileError(f"config: missing key {', '.join(missing)}")
+        typed = dict(values)
+        for name in ("rms_norm_eps", "rope_theta"):
+            typed[name] = _number(typed, name)
+        if not isinstance(typed["eos_token_ids"], list):
+            raise ModelFileError("config: eos_token_ids must be a list of integers")
+        typed["eos_token_ids"] = tuple(typed["eos_token_ids"])
+        result = cls(**typed)
+        result.validate()
+        return result
+
+    def validate(self) -> None:
+        """Raise UnsupportedError or ModelFileError, naming the key, unless all make sense."""
+        if self.architecture != "llama":
+            raise UnsupportedError(f"architecture {self.architecture!r} is not supported (llama)")
+        if self.hidden_act != "silu":
+            raise UnsupportedError(f"hidden_act {self.hidden_act!r} is not supported (silu)")
+        for name in _SIZES:
+            _require_int(name, getattr(self, name), 1, _MAX_SIZE)
+        _require_int("num_hidden_layers", self.num_hidden_layers, 1, _MAX_LAYERS)
+        _require_int("sliding_window", self.sliding_window, 0, _MAX_SIZE)
+        for name in ("tie_word_embeddings", "add_bos_token"):
+            if not isinstance(getattr(self, name), bool):
+                raise ModelFileError(f"config: {name} must be true or false")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
+                raise ModelFileError(f"config: {name} must be a positive number, found {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ModelFileError(
+                f"config: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ModelFileError(f"config: head_dim must be even, found {self.head_dim}")
+        if self.bos_token_id is not None:
+            _require_int("bos_token_id", self.bos_token_id, 0, self.vocab_size - 1)
+        for token in self.eos_token_ids:
+            _require_int("eos_token_ids", token, 0, _MAX_SIZE)
+        if self.rope_scaling is not None:
+            if not isinstance(self.rope_scaling, dict):
+                raise ModelFileError("config: rope_scaling must be null or an object")
+            check_rope_scaling(self.rope_scaling)
+            self.rope()
+
+    def rope(self) -> tuple[NDArray[np.float32], float]:
+        """Inverse frequencies float32 ``[head_dim / 2]`` and the factor on cos and sin."""
+        return rope_frequencies(
+            head_dim=self.head_dim, theta=self.rope_theta, scaling=self.rope_scaling
+        )
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor: matrices ``(m, k)``, norms ``(hidden_size,)``."""
+        hidden, feed_forward = self.hidden_size, self.intermediate_size
+        q_rows = self.num_attention_heads * self.head_dim
+        kv_rows = self.num_key_value_heads * self.head_dim
+        layer: dict[str, tuple[int, ...]] = {
+            "input_layernorm": (hidden,),
+            "self_attn.q_proj": (q_rows, hidden),
+            "self_attn.k_proj": (kv_rows, hidden),
+            "self_attn.v_proj": (kv_rows, hidden),
+            "self_attn.o_proj": (hidden, q_rows),
+            "post_attention_layernorm": (hidden,),
+            "mlp.gate_proj": (feed_forward, hidden),
+            "mlp.up_proj": (feed_forward, hidden),
+            "mlp.down_proj": (hidden, feed_forward),
+        }
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, hidden)
+        }
+        for index in range(self.num_hidden_layers):
+            for name, shape in layer.items():
+                shapes[f"model.layers.{index}.{name}.weight"] = shape
+        shapes["model.norm.weight"] = (hidden,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        return shapes
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise UnsupportedError(
+            f"config.json: model_type {model_type!r} is not supported ({', '.join(MODEL_TYPES)})"
+        )
+    architectures = config.get("architectures") or ["ForCausalLM"]
+    if not any(str(name).endswith("ForCausalLM") for name in architectures):
+        raise UnsupportedError(
+            f"config.json: architecture {architectures[0]} is not supported "
+            "(LlamaForCausalLM, MistralForCausalLM)"
+        )
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise UnsupportedError(
+            f"config.json: quantised checkpoints ({method or 'unnamed method'}) are not supported; "
+            "give the fp32, fp16 or bf16 checkpoint, or a GGUF file"
+        )
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise UnsupportedError(f"config.json: {key} is not supported (only false)")
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        raise UnsupportedError(f"config.json: hidden_act {activation!r} is not supported (silu)")
+
+
+def _sliding_window(config: Mapping[str, Any]) -> int:
+    """Mistral's window: an absent key means 4096 there, null means none."""
+    if config.get("sliding_window", 4096) is None:
+        return 0
+    return _integer(config, "sliding_window", 4096)
+
+
+def _rope_type(rope: Mapping[str, Any]) -> str:
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _integer(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = values.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise ModelFileError(f"config.json: {key} is missing")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ModelFileError(f"config.json: {key} must be an integer, found {value!r}")
+    return value
+
+
+def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = values.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ModelFileError(f"config: {key} must be a number, found {value!r}")
+    return float(value)
+
+
+def _require_int(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ModelFileError(
+            f"config: {name} must be an integer from {low} to {high}, found {value!r}"
+        )

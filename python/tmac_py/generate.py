@@ -1,0 +1,257 @@
+"""The loop over tokens: prefill, sample, decode, stop. Knows text and ids, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tmac_py.errors import TmacError
+from tmac_py.sampling import Sampler
+from tmac_py.tokenizer import IncrementalDecoder
+
+FinishReason = Literal["stop", "length"]
+"""Why an answer ended: an end token or stop string, or ``max_tokens`` or the context reached."""
+
+PREFILL_CHUNK = 64
+"""Prompt tokens per call of the core: Ctrl-C and cancellation are answered between calls."""
+
+
+class Cache(Protocol):
+    """What the loop needs of a KV cache."""
+
+    @property
+    def pos(self) -> int:
+        """Tokens it holds."""
+
+
+CacheT = TypeVar("CacheT", bound=Cache)
+Forward = Callable[[NDArray[np.int32], CacheT], NDArray[np.float32]]
+"""ids int32 [n], cache -> logits float32 [vocab] of the last token; the cache grows by n."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Counts and durations of one generation, the caller's own time between tokens left out.
+
+    ``prompt_seconds`` ends with the first generated token, which prefill yields; ``gen_seconds``
+    is the time of the other ``n_gen - 1``.
+    """
+
+    n_prompt: int = 0
+    prompt_seconds: float = 0.0
+    n_gen: int = 0
+    gen_seconds: float = 0.0
+
+    @property
+    def prompt_tps(self) -> float:
+        """Prompt tokens per second."""
+        return self.n_prompt / self.prompt_seconds if self.prompt_seconds > 0 else 0.0
+
+    @property
+    def gen_tps(self) -> float:
+        """Decoded tokens per second; 0 while there is only the one token of prefill."""
+        return (self.n_gen - 1) / self.gen_seconds if self.gen_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token and the text it completed.
+
+    Attributes:
+        text: whole characters only; empty while bytes of a character are missing, while the text
+            may still become a stop string, and for an end token.
+        id: token id.
+        logprob: natural logarithm of its probability under the model, before sampling changed it.
+        finish_reason: set on the last token, else None.
+        timings: up to and including this token.
+    """
+
+    text: str
+    id: int
+    logprob: float
+    finish_reason: FinishReason | None
+    timings: Timings
+
+    @property
+    def n_prompt(self) -> int:
+        """Prompt tokens."""
+        return self.timings.n_prompt
+
+    @property
+    def n_gen(self) -> int:
+        """Tokens generated so far, this one included."""
+        return self.timings.n_gen
+
+    @property
+    def prompt_tps(self) -> float:
+        """Prompt tokens per second."""
+        return self.timings.prompt_tps
+
+    @property
+    def gen_tps(self) -> float:
+        """Decoded tokens per second so far."""
+        return self.timings.gen_tps
+
+
+class Result(str):
+    """A whole answer: the text, as a ``str``, with what is known about it.
+
+    Attributes:
+        ids: every generated token, an end token or the tokens of a stop string included.
+        logprobs: one per id.
+        finish_reason: "stop" or "length".
+        timings: counts and durations.
+        seed: gives the same answer again, with the same model, prompt and parameters.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    timings: Timings
+    seed: int
+
+    def __new__(cls, tokens: Sequence[Token], seed: int) -> Result:
+        """Put the tokens of one finished generation together."""
+        last = tokens[-1]
+        self = super().__new__(cls, "".join([token.text for token in tokens]))
+        self.ids = tuple(token.id for token in tokens)
+        self.logprobs = tuple(token.logprob for token in tokens)
+        self.finish_reason = last.finish_reason or "length"
+        self.timings = last.timings
+        self.seed = seed
+        return self
+
+    def __getnewargs__(self) -> tuple[list[Token], int]:  # type: ignore[override]
+        texts = [str(self), *[""] * (len(self.ids) - 1)]
+        rows = zip(texts, self.ids, self.logprobs, strict=True)
+        return [Token(*row, self.finish_reason, self.timings) for row in rows], self.seed
+
+    @property
+    def text(self) -> str:
+        """The answer as a plain ``str``."""
+        return str(self)
+
+
+class StopFinder:
+    """Cuts a stream of text before the first stop string, wherever it is split.
+
+    Text that may still turn out to begin a stop string is held back. Of several stop strings the
+    one that is complete first counts, so the cut does not depend on how the text arrives.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """The text that may be shown now; sets ``found`` when a stop string is complete."""
+        if not self._stop or self.found:
+            return "" if self.found else text
+        text = self._held + text
+        hits = [(text.find(s) + len(s), -len(s)) for s in self._stop if s in text]
+        if hits:
+            self.found, self._held = True, ""
+            end, negative_length = min(hits)
+            return text[: end + negative_length]
+        held = max(_overlap(text, s) for s in self._stop)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that is a beginning of ``stop``."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def stream_tokens(
+    forward: Forward[CacheT],
+    cache: CacheT,
+    prompt: NDArray[np.int32],
+    *,
+    decoder: IncrementalDecoder,
+    sampler: Sampler,
+    eos_ids: Collection[int],
+    max_tokens: int,
+    stop: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Generator[Token, None, None]:
+    """Generate up to ``max_tokens`` tokens after ``prompt``.
+
+    Afterwards the cache holds the prompt and every generated token but the last. The generator may
+    be closed at any token. ``progress(done, total)`` is called after each chunk of the prompt.
+
+    Args:
+        forward: one step of the model.
+        cache: where the prompt goes; it must have room for prompt and answer.
+        prompt: ids int32 [n], n >= 1.
+        decoder: turns ids into text.
+        sampler: chooses tokens.
+        eos_ids: tokens that end the answer; their text is not shown.
+        max_tokens: at least 1.
+        stop: strings that end the answer and are not shown.
+        progress: called during prefill.
+    """
+    started = perf_counter()
+    logits = _prefill(forward, cache, prompt, progress)
+    history: list[int] = prompt.tolist()
+    finder = StopFinder(stop)
+    prompt_seconds = gen_seconds = 0.0
+    reason: FinishReason | None = None
+    for n_gen in range(1, max_tokens + 1):
+        token_id, logprob = sampler.sample(logits, history)
+        history.append(token_id)
+        ended = token_id in eos_ids
+        text = "" if ended else finder.push(decoder.push(token_id))
+        if finder.found:
+            reason = "stop"
+        elif ended or n_gen == max_tokens:
+            text += finder.push(decoder.flush())
+            text += finder.flush()
+            reason = "stop" if ended or finder.found else "length"
+        seconds = perf_counter() - started
+        if n_gen == 1:
+            prompt_seconds = seconds
+        else:
+            gen_seconds += seconds
+        timings = Timings(len(prompt), prompt_seconds, n_gen, gen_seconds)
+        yield Token(text, token_id, logprob, reason, timings)
+        if reason:
+            return
+        started = perf_counter()
+        logits = forward(np.array([token_id], dtype=np.int32), cache)
+
+
+def _prefill(
+    forward: Forward[CacheT],
+    cache: CacheT,
+    prompt: NDArray[np.int32],
+    progress: Callable[[int, int], None] | None,
+) -> NDArray[np.float32]:
+    """Logits after the last token of the prompt."""
+    total = len(prompt)
+    for start in range(0, total, PREFILL_CHUNK):
+        logits = forward(prompt[start : start + PREFILL_CHUNK], cache)
+        if progress is not None:
+            progress(min(start + PREFILL_CHUNK, total), total)
+    return logits
+
+
+def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """One stop string or several as a tuple; TmacError for an empty one or one that is no text."""
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise TmacError(f"stop is {string!r}; allowed: texts of at least one character")
+    return strings

@@ -1,0 +1,205 @@
+"""Write a .lut file tensor by tensor (docs/lut-format.md)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from tmac_py.config import ModelConfig
+from tmac_py.errors import ModelFileError
+from tmac_py.lutheader import (
+    TOKENIZER_PREFIX,
+    TensorEntry,
+    build_header,
+    check_file_name,
+    check_shapes,
+    check_spec,
+    packed_nbytes,
+)
+from tmac_py.spec import LinearSpec
+
+
+class LutWriter:
+    """Write one .lut file; a context manager.
+
+    Packed matrices go to a temporary file beside ``path`` as they are added; leaving the block
+    without an exception checks that the model is complete, writes the rest and renames. Leaving it
+    with any exception, KeyboardInterrupt included, removes the temporary file and leaves ``path``
+    as it was.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        config: ModelConfig,
+        tokenizer: Mapping[str, bytes],
+        source: Mapping[str, str],
+    ) -> None:
+        self._path = Path(path)
+        self._config = config
+        self._source = dict(source)
+        self._tokenizer = dict(tokenizer)
+        self._shapes = config.tensor_shapes()
+        self._linears: dict[str, TensorEntry] = {}
+        self._floats: dict[str, NDArray[np.float32]] = {}
+        self._end = 0
+        self._temporary: Path | None = None
+        for name in self._tokenizer:
+            check_file_name(name)
+        self._data_start = _largest_header(config, self._source, self._tokenizer)
+
+    def __enter__(self) -> LutWriter:
+        if self._path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self._path))
+        temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(6)}.tmp")
+        try:
+            self._file = temporary.open("xb", buffering=0)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+        self._temporary = temporary
+        return self
+
+    def add_linear(self, name: str, packed: NDArray[np.uint8], spec: LinearSpec) -> None:
+        """Append one packed matrix, uint8 ``[packed_nbytes]``.
+
+        Raises ModelFileError when name, shape or size do not fit the configuration, OSError on a
+        full disk.
+        """
+        try:
+            check_spec(spec)
+        except ModelFileError as error:
+            raise ModelFileError(f"tensor {name}: {error}") from None
+        self._expect(name, (spec.m, spec.k))
+        if packed.dtype != np.uint8 or packed.shape != (packed_nbytes(spec),):
+            raise ModelFileError(
+                f"tensor {name}: packed must be uint8 [{packed_nbytes(spec)}], "
+                f"found {packed.dtype} {list(packed.shape)}"
+            )
+        data = np.ascontiguousarray(packed).data
+        self._write(self._data_start + self._end, data)
+        self._linears[name] = TensorEntry(
+            name=name,
+            kind="linear",
+            shape=(spec.m, spec.k),
+            start=self._end,
+            nbytes=data.nbytes,
+            xxh3=xxhash.xxh3_128_hexdigest(data),
+            spec=spec,
+        )
+        self._end += data.nbytes
+
+    def add_float(self, name: str, values: NDArray[np.float32]) -> None:
+        """Keep one float32 vector; it is written when the file is complete."""
+        if values.dtype != np.float32:
+            raise ModelFileError(f"tensor {name}: must be float32, found {values.dtype}")
+        self._expect(name, values.shape)
+        self._floats[name] = np.array(values, dtype="<f4", order="C")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        finally:
+            self._file.close()
+            if self._temporary is not None:
+                self._temporary.unlink(missing_ok=True)
+
+    def _commit(self) -> None:
+        rest: list[tuple[str, tuple[int, ...], memoryview]] = [
+            (name, self._floats[name].shape, self._floats[name].data.cast("B"))
+            for name in self._shapes
+            if name in self._floats
+        ]
+        for name in sorted(self._tokenizer):
+            data = self._tokenizer[name]
+            rest.append((TOKENIZER_PREFIX + name, (len(data),), memoryview(data)))
+        entries = list(self._linears.values())
+        for name, shape, view in rest:
+            self._write(self._data_start + self._end, view)
+            entries.append(
+                TensorEntry(
+                    name=name,
+                    kind="file" if name.startswith(TOKENIZER_PREFIX) else "float",
+                    shape=shape,
+                    start=self._end,
+                    nbytes=view.nbytes,
+                    xxh3=xxhash.xxh3_128_hexdigest(view),
+                )
+            )
+            self._end += view.nbytes
+        check_shapes(self._config, entries)
+        header = build_header(self._config, self._source, entries, self._data_start)
+        assert len(header) == self._data_start
+        self._write(0, memoryview(header))
+        assert self._temporary is not None
+        try:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._temporary.replace(self._path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+        self._temporary = None
+        _sync_folder(self._path.parent)
+
+    def _expect(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self._shapes:
+            raise ModelFileError(f"tensor {name}: not part of this model")
+        if name in self._linears or name in self._floats:
+            raise ModelFileError(f"tensor {name}: added twice")
+        if shape != self._shapes[name]:
+            raise ModelFileError(
+                f"tensor {name}: shape {list(shape)}, must be {list(self._shapes[name])}"
+            )
+
+    def _write(self, position: int, data: memoryview) -> None:
+        try:
+            self._file.seek(position)
+            while data.nbytes:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+
+
+def _largest_header(
+    config: ModelConfig, source: Mapping[str, str], tokenizer: Mapping[str, bytes]
+) -> int:
+    """Room for the header before any tensor is known: every number at its longest."""
+    longest = 10**15
+    placeholder = TensorEntry("", "linear", (), longest, longest, "0" * 32)
+    entries = []
+    for name, shape in config.tensor_shapes().items():
+        if len(shape) == 2:
+            spec = LinearSpec(*shape, 8, 2**31 - 1, "offset", -2.2250738585072014e-308)
+            entries.append(replace(placeholder, name=name, spec=spec))
+        else:
+            entries.append(replace(placeholder, name=name, kind="float", shape=shape))
+    for name in tokenizer:
+        entries.append(replace(placeholder, name=TOKENIZER_PREFIX + name, kind="file"))
+    return len(build_header(config, source, entries))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` durable, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # some network file systems cannot; the file itself is synced
+                os.fsync(handle)
+        finally:
+            os.close(handle)

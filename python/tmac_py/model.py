@@ -1,0 +1,407 @@
+"""A language model in memory: load a .lut, run it, generate text with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tmac_py import _core
+from tmac_py.chat import ChatTemplate, Message, find_template
+from tmac_py.checks import check_whole
+from tmac_py.config import ModelConfig
+from tmac_py.errors import ContextError, ModelFileError, TmacError
+from tmac_py.generate import PREFILL_CHUNK, Result, Token, check_stop, stream_tokens
+from tmac_py.lutfile import LutFile
+from tmac_py.machine import default_threads
+from tmac_py.sampling import Sampler, SamplingParams, new_seed
+from tmac_py.tokenizer import IncrementalDecoder, Tokenizer
+from tmac_py.weights import Tables, build_decoder
+
+MAX_THREADS = 1024
+
+Ids = NDArray[np.int32]
+Logits = NDArray[np.float32]
+Progress = Callable[[int, int], None]
+
+
+class Model:
+    """One loaded model. Load it with :meth:`load`; a context manager.
+
+    The weights stay in the mapped file and are never changed: one model serves any number of
+    threads, each generation with a KV cache of its own.
+
+    Attributes:
+        path: the .lut file.
+        config: sizes and special tokens.
+        threads: threads the core computes with.
+        tables: "int8" or "exact".
+    """
+
+    def __init__(
+        self, file: LutFile, path: Path, *, threads: int | None = None, tables: Tables = "int8"
+    ) -> None:
+        """Build from an open file, which the model then owns; :meth:`load` is the usual way."""
+        self.path = path
+        self.config: ModelConfig = file.config
+        self.threads = _check_threads(threads)
+        self.tables = _check_tables(tables)
+        files = file.tokenizer
+        self._tokenizer = Tokenizer(files, bos_id=file.config.bos_token_id) if files else None
+        settings = self._tokenizer.config if self._tokenizer else {}
+        self._template_source = find_template(files, settings)
+        self._template: ChatTemplate | None = None
+        self._pool = _core.ThreadPool(self.threads)
+        self._decoder: _core.Decoder | None = build_decoder(file, self.tables)
+        self._file = file
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        tables: Tables = "int8",
+        check: bool = True,
+    ) -> Model:
+        """Open a .lut file.
+
+        Args:
+            path: the file.
+            threads: 1 to 1024; None takes the machine's performance cores.
+            tables: lookup tables of "int8" (fast) or "exact" (16 bits: the rounding of the tables
+                does not show in the result).
+            check: compare all tensors with their checksums first.
+
+        Raises:
+            ModelFileError: the file is missing, damaged, or of another version.
+            TmacError: an argument is not allowed.
+        """
+        _check_threads(threads)
+        _check_tables(tables)
+        file = LutFile.open(path, check=check)
+        try:
+            return cls(file, Path(path), threads=threads, tables=tables)
+        except BaseException:
+            file.close()
+            raise
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The vocabulary; ModelFileError for a file without one, which knows only token ids."""
+        if self._tokenizer is None:
+            raise ModelFileError(f"{self.path}: the file carries no tokenizer")
+        return self._tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The template of a chat model, None for others; TmacError if it is not a valid one."""
+        if self._template is None and self._template_source is not None:
+            names = {"bos_token": self.tokenizer.bos_token, "eos_token": self.tokenizer.eos_token}
+            known = {name: token for name, token in names.items() if token is not None}
+            self._template = ChatTemplate(self._template_source, known)
+        return self._template
+
+    @property
+    def n_ctx(self) -> int:
+        """The most tokens the model was made for, prompt and answer together."""
+        return self.config.max_position_embeddings
+
+    def new_cache(self, n_ctx: int = 0) -> _core.KvCache:
+        """An empty KV cache for one sequence of up to ``n_ctx`` tokens; 0 = all the model allows.
+
+        Raises:
+            ContextError: ``n_ctx`` is more than the model allows, or there is not enough memory.
+        """
+        self._open_decoder()
+        n_ctx = self._check_n_ctx(n_ctx)
+        config = self.config
+        try:
+            return _core.KvCache(
+                n_layers=config.num_hidden_layers,
+                n_kv_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                n_ctx=n_ctx,
+            )
+        except (MemoryError, RuntimeError, ValueError) as error:
+            raise ContextError(
+                f"no memory for a context of {n_ctx} tokens; choose a smaller one (n_ctx)"
+            ) from error
+
+    def forward(
+        self, ids: ArrayLike, cache: _core.KvCache, logits: Literal["last", "all"] = "last"
+    ) -> Logits:
+        """Run ``ids`` through the model after what ``cache`` holds, which grows by them.
+
+        Args:
+            ids: token ids, at least one.
+            cache: from :meth:`new_cache`; one thread at a time may use it.
+            logits: for the last id or for all.
+
+        Returns:
+            float32 [vocab] for "last", float32 [n, vocab] for "all".
+
+        Raises:
+            ContextError: the cache has no room for so many.
+            TmacError: an id is outside the vocabulary, another thread uses the cache, or the model
+                is closed.
+        """
+        checked = self._check_ids(ids)
+        if cache.pos + len(checked) > cache.n_ctx:
+            raise ContextError(
+                f"{len(checked)} tokens do not fit: the context holds {cache.n_ctx} "
+                f"and {cache.pos} are in use"
+            )
+        if logits not in ("last", "all"):
+            raise TmacError(f"logits is {logits!r}; allowed: 'last', 'all'")
+        try:
+            out = self._open_decoder().forward(checked, cache, self._pool, logits=logits)
+        except RuntimeError as error:  # another thread uses the cache
+            raise TmacError(str(error)) from error
+        return out.reshape(-1, out.shape[-1]) if logits == "all" else out.reshape(-1)
+
+    def logits(self, ids: ArrayLike) -> Logits:
+        """Logits after each of ``ids`` from an empty context: float32 [n, vocab].
+
+        Raises:
+            ContextError: more ids than the model's context.
+        """
+        checked = self._check_ids(ids)
+        if len(checked) > self.n_ctx:
+            raise ContextError(f"{len(checked)} tokens, the context holds {self.n_ctx}")
+        cache = self.new_cache(len(checked))
+        out = np.empty((len(checked), self.config.vocab_size), dtype=np.float32)
+        for start in range(0, len(checked), PREFILL_CHUNK):
+            end = start + PREFILL_CHUNK
+            out[start:end] = self.forward(checked[start:end], cache, "all")
+        return out
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of a conversation by the model's chat template, ready for :meth:`generate`.
+
+        Arguments as :meth:`ChatTemplate.render`. Raises TmacError for a model without a template.
+        """
+        template = self.chat_template
+        if template is None:
+            raise TmacError(f"{self.path}: the model has no chat template")
+        text = template.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
+        )
+        return self.tokenizer.encode(text, add_special=False)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        repeat_last_n: int = 64,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        n_ctx: int = 0,
+        cache: _core.KvCache | None = None,
+        trim_space: bool = False,
+        progress: Progress | None = None,
+    ) -> Generator[Token, None, None]:
+        """Generate token by token. Arguments are checked at once, work starts with the first token.
+
+        The generator may be closed at any token; the model stays usable.
+
+        Args:
+            prompt: text to continue, or token ids (:meth:`chat_prompt` makes them of messages).
+            max_tokens: the most tokens to generate; -1 = until the answer ends or the context is
+                full.
+            temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, presence_penalty,
+                frequency_penalty, seed: see :class:`tmac_py.sampling.SamplingParams`.
+            stop: strings that end the answer; they are not part of it.
+            n_ctx: size of the context; 0 = what prompt and ``max_tokens`` need, within what the
+                model allows.
+            cache: continue after what this KV cache holds, in place of a new one.
+            trim_space: drop the space with which SentencePiece vocabularies begin an answer.
+            progress: called with (tokens done, all tokens) after each part of the prompt.
+
+        Raises:
+            ContextError: the prompt leaves no room for an answer.
+            TmacError: an argument is not allowed, or the model is closed.
+        """
+        params = SamplingParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            repeat_last_n=repeat_last_n,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+        )
+        stop = check_stop(stop)
+        max_tokens = _check_max_tokens(max_tokens)
+        ids = self._prompt_ids(prompt)
+        if cache is not None and n_ctx:
+            raise TmacError("n_ctx and cache exclude each other: a cache has its size")
+        size = cache.n_ctx if cache else self._fitting_n_ctx(len(ids), max_tokens, n_ctx)
+        room = _room(size, cache.pos if cache else 0, len(ids), max_tokens)
+        return stream_tokens(
+            self.forward,
+            cache or self.new_cache(size),
+            ids,
+            decoder=IncrementalDecoder(self.tokenizer, trim_space=trim_space),
+            sampler=Sampler(params),
+            eos_ids=frozenset(self.config.eos_token_ids),
+            max_tokens=room,
+            stop=stop,
+            progress=progress,
+        )
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        repeat_last_n: int = 64,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        n_ctx: int = 0,
+        cache: _core.KvCache | None = None,
+        trim_space: bool = False,
+        progress: Progress | None = None,
+    ) -> Result:
+        """The whole answer at once: a ``str`` with ids, finish reason and timings.
+
+        Arguments and errors as :meth:`stream`.
+        """
+        seed = new_seed() if seed is None else seed
+        tokens = self.stream(
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            repeat_last_n=repeat_last_n,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+            stop=stop,
+            n_ctx=n_ctx,
+            cache=cache,
+            trim_space=trim_space,
+            progress=progress,
+        )
+        return Result(list(tokens), seed)
+
+    @property
+    def closed(self) -> bool:
+        """True after :meth:`close`."""
+        return self._decoder is None
+
+    def close(self) -> None:
+        """Let go of file and weights; a generation under way ends with TmacError."""
+        self._decoder = None
+        self._file.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open_decoder(self) -> _core.Decoder:
+        if self._decoder is None:
+            raise TmacError(f"{self.path}: the model is closed")
+        return self._decoder
+
+    def _check_ids(self, ids: ArrayLike) -> Ids:
+        """``ids`` as int32 [n], n >= 1, all within the vocabulary."""
+        try:
+            array = np.asarray(ids)
+        except ValueError as error:
+            raise TmacError("token ids must be a sequence of integers") from error
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise TmacError("token ids must be a sequence of integers")
+        if not array.size:
+            raise TmacError("the prompt has no tokens")
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise TmacError(
+                f"token id {low if low < 0 else high} is outside the vocabulary "
+                f"of {self.config.vocab_size}"
+            )
+        return np.ascontiguousarray(array, dtype=np.int32)
+
+    def _check_n_ctx(self, n_ctx: int) -> int:
+        """``n_ctx`` with 0 replaced by the model's own size."""
+        note = " (0 = all the model allows)"
+        n_ctx = check_whole("n_ctx", n_ctx, 0, self.n_ctx, note=note, error=ContextError)
+        return n_ctx or self.n_ctx
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> Ids:
+        return self._check_ids(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+
+    def _fitting_n_ctx(self, n_prompt: int, max_tokens: int, n_ctx: int) -> int:
+        """Size of a new context: as asked for, else the least that prompt and answer need."""
+        size = self._check_n_ctx(n_ctx)
+        if n_ctx == 0 and max_tokens > 0:
+            return min(size, n_prompt + max_tokens)
+        return size
+
+
+def _room(n_ctx: int, pos: int, n_prompt: int, max_tokens: int) -> int:
+    """The number of tokens that may be generated: ``max_tokens`` as far as the context allows."""
+    room = n_ctx - pos - n_prompt
+    if room < 1:
+        used = f" after the {pos} already there" if pos else ""
+        raise ContextError(
+            f"the prompt has {n_prompt} tokens{used}, the context holds {n_ctx} "
+            "and must leave room for at least one more"
+        )
+    return room if max_tokens == -1 else min(room, max_tokens)
+
+
+def _check_threads(threads: int | None) -> int:
+    if threads is None:
+        return default_threads()
+    return check_whole("threads", threads, 1, MAX_THREADS)
+
+
+def _check_tables(tables: Tables) -> Tables:
+    if tables not in ("int8", "exact"):
+        raise TmacError(f"tables is {tables!r}; allowed: 'int8', 'exact'")
+    return tables
+
+
+def _check_max_tokens(max_tokens: int) -> int:
+    if max_tokens == -1:
+        return -1
+    return check_whole("max_tokens", max_tokens, 1, note=", or -1 (until the context is full)")

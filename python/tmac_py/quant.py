@@ -1,0 +1,304 @@
+"""Quantised matrices in NumPy: codes with a scale (and an offset) per group, and round-to-nearest.
+
+This file is the definition of the encodings; the packed bytes and the kernels follow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tmac_py.spec import LinearSpec, OffsetKind
+
+Search = Literal["minmax", "mse"]
+
+MAX_BITS = 8
+
+_CHUNK_ELEMENTS = 1 << 16
+"""Weights worked on at once: a few float32 buffers of this size stay in the L2 cache."""
+
+_SHRINK: dict[int, tuple[float, int]] = {1: (0.2, 9), 2: (0.4, 9), 3: (0.5, 9), 4: (0.6, 8)}
+"""bits -> (smallest fraction of the min-max range tried by "mse", number of fractions)."""
+_SHRINK_WIDE = (0.85, 4)
+"""The same for 5 to 8 bits, where clipping hardly ever pays."""
+
+
+class MatrixLike(Protocol):
+    """Anything with a shape ``[m, k]`` whose row slices are float32 arrays."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(m, k)``."""
+
+    def __getitem__(self, rows: slice, /) -> NDArray[np.float32]:
+        """Rows ``[n, k]`` as float32."""
+
+
+def count_groups(k: int, group_size: int) -> int:
+    """Number of groups along k; the last one may be ragged."""
+    return -(-k // group_size)
+
+
+def resolve_group_size(k: int, group_size: int) -> int:
+    """The group size used for ``k`` columns: -1 and anything above k mean the whole row.
+
+    Raises ValueError for sizes that are neither a multiple of 4 nor the whole row.
+    """
+    if group_size == -1 or group_size >= k:
+        return k
+    if group_size < 4 or group_size % 4:
+        raise ValueError(
+            f"group_size {group_size}: a multiple of 4, or -1 for the whole row, is needed"
+        )
+    return group_size
+
+
+@dataclass(frozen=True)
+class QuantTensor:
+    """One quantised matrix ``[m, k]``; see `tmac_py.spec.LinearSpec` for the meaning of the kinds.
+
+    Raises ValueError when shapes, dtypes or code values do not fit together.
+    """
+
+    codes: NDArray[np.uint8]  # [m, k], below 2**bits
+    scales: NDArray[np.float16]  # [m, n_groups]
+    offsets: NDArray[np.float16] | None  # [m, n_groups]; None for offset_kind "none"
+    bits: int
+    group_size: int
+    offset_kind: OffsetKind
+    zero: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= MAX_BITS:
+            raise ValueError(f"bits {self.bits}: 1 to {MAX_BITS} are possible")
+        if self.offset_kind not in get_args(OffsetKind):
+            raise ValueError(f"offset_kind {self.offset_kind!r}: one of {get_args(OffsetKind)}")
+        if self.codes.dtype != np.uint8 or self.codes.ndim != 2 or 0 in self.codes.shape:
+            raise ValueError(
+                f"codes {self.codes.dtype}{list(self.codes.shape)}: uint8 [m, k] is needed"
+            )
+        if resolve_group_size(self.k, self.group_size) != self.group_size:
+            raise ValueError(f"group_size {self.group_size} exceeds k = {self.k}")
+        if (self.offsets is None) != (self.offset_kind == "none"):
+            raise ValueError(f"offset_kind {self.offset_kind!r} and offsets contradict each other")
+        for name, values in (("scales", self.scales), ("offsets", self.offsets)):
+            wanted = (self.m, self.n_groups)
+            if values is not None and (values.dtype != np.float16 or values.shape != wanted):
+                raise ValueError(
+                    f"{name} {values.dtype}{list(values.shape)}: float16{list(wanted)} is needed"
+                )
+        if self.bits < 8 and int(self.codes.max()) >= 1 << self.bits:
+            raise ValueError(f"code {int(self.codes.max())} does not fit in {self.bits} bits")
+
+    @property
+    def m(self) -> int:
+        """Rows (out features)."""
+        return int(self.codes.shape[0])
+
+    @property
+    def k(self) -> int:
+        """Columns (in features)."""
+        return int(self.codes.shape[1])
+
+    @property
+    def n_groups(self) -> int:
+        """Groups per row."""
+        return count_groups(self.k, self.group_size)
+
+    @property
+    def spec(self) -> LinearSpec:
+        """Shape and encoding, without the data."""
+        return LinearSpec(
+            self.m, self.k, self.bits, self.group_size, self.offset_kind, float(self.zero)
+        )
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """The matrix in float32, ``[m, k]``."""
+        out = self.codes.astype(np.float32)
+        if self.offset_kind == "zero":
+            out -= self._per_column(self.offsets)
+        elif self.offset_kind == "none":
+            out -= np.float32(self.zero)
+        out *= self._per_column(self.scales)
+        if self.offset_kind == "offset":
+            out += self._per_column(self.offsets)
+        return out
+
+    def _per_column(self, values: NDArray[np.float16] | None) -> NDArray[np.float32]:
+        assert values is not None
+        return np.repeat(values.astype(np.float32), self.group_size, axis=1)[:, : self.k]
+
+
+def quantize_rtn(
+    w: MatrixLike,
+    *,
+    bits: int,
+    group_size: int,
+    asym: bool = False,
+    search: Search = "minmax",
+) -> QuantTensor:
+    """Round a float matrix ``[m, k]`` to the nearest codes, group by group.
+
+    Codes are chosen with the scale and offset as fp16 stores them. Symmetric groups
+    (``offset_kind "none"``) use codes around ``2**(bits-1)`` (0.5 for one bit), and the sign of the
+    scale puts the larger side on the code that has one step more. ``asym`` stores an offset per
+    group instead. ``search="mse"`` also tries shrunken ranges and keeps, per group, the smallest
+    squared error. ``group_size`` is a multiple of 4, or -1 for the whole row.
+
+    Rows are worked on in chunks, so that ``w`` may be a lazy matrix larger than memory.
+    Raises ValueError for bad options, weights that are not finite, and fp16 overflow.
+    """
+    if len(w.shape) != 2 or 0 in w.shape:
+        raise ValueError(f"shape {list(w.shape)}: a matrix [m, k] is needed")
+    if not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"bits {bits}: 1 to {MAX_BITS} are possible")
+    if search not in get_args(Search):
+        raise ValueError(f"search {search!r}: one of {get_args(Search)}")
+    m, k = w.shape
+    group_size = resolve_group_size(k, group_size)
+    n_groups = count_groups(k, group_size)
+    codes = np.empty((m, k), np.uint8)
+    scales = np.empty((m, n_groups), np.float16)
+    offsets = np.empty((m, n_groups), np.float16) if asym else None
+    fractions = _fractions(bits, search)
+    for rows in row_chunks(m, k, _CHUNK_ELEMENTS):
+        chunk = np.ascontiguousarray(w[rows], dtype=np.float32)
+        for columns, groups in _group_blocks(k, group_size):
+            g = chunk[:, columns].reshape(chunk.shape[0], groups.stop - groups.start, -1)
+            c, s, o = _encode(g, bits, asym, fractions)
+            codes[rows, columns] = c.reshape(chunk.shape[0], -1)
+            scales[rows, groups] = s
+            if offsets is not None:
+                offsets[rows, groups] = o
+    zero = 0.0 if asym else symmetric_zero(bits)
+    kind: OffsetKind = "offset" if asym else "none"
+    return QuantTensor(codes, scales, offsets, bits, group_size, kind, zero)
+
+
+def symmetric_zero(bits: int) -> float:
+    """The code that stands for 0 in a symmetric encoding."""
+    return float(1 << (bits - 1)) if bits > 1 else 0.5
+
+
+def row_chunks(m: int, k: int, elements: int) -> Iterator[slice]:
+    """Slices that cover m rows of k columns, about ``elements`` values each."""
+    step = max(1, elements // k)
+    return (slice(i, min(i + step, m)) for i in range(0, m, step))
+
+
+def _fractions(bits: int, search: Search) -> list[float]:
+    """Fractions of the min-max range to try, widest first."""
+    if search == "minmax":
+        return [1.0]
+    smallest, count = _SHRINK.get(bits, _SHRINK_WIDE)
+    return [float(f) for f in np.linspace(1.0, smallest, count)]
+
+
+def _group_blocks(k: int, group_size: int) -> Iterator[tuple[slice, slice]]:
+    """(columns, groups) of the full groups, then of the ragged last one."""
+    full = k // group_size
+    if full:
+        yield slice(0, full * group_size), slice(0, full)
+    if full * group_size < k:
+        yield slice(full * group_size, k), slice(full, full + 1)
+
+
+def _encode(
+    w: NDArray[np.float32], bits: int, asym: bool, fractions: list[float]
+) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
+    """Codes [r, g, n], scales [r, g] and offsets [r, g] (symmetric: unused) of w [r, g, n]."""
+    low, high = w.min(axis=2), w.max(axis=2)  # [r, g]
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise ValueError("weights are not finite")
+    mean = w.mean(axis=2) if asym and len(fractions) > 1 else np.zeros_like(low)
+    best: tuple[NDArray[np.float32], NDArray[np.float16], NDArray[np.float16]] | None = None
+    best_error = np.empty_like(low)
+    for fraction in fractions:
+        f = np.float32(fraction)
+        if asym:
+            s, o = _asym_range(mean + f * (low - mean), mean + f * (high - mean), bits)
+        else:
+            s, o = _sym_range(f * low, f * high, bits)
+        q = _nearest(w, s, o, bits, asym)
+        if len(fractions) == 1:
+            best = q, s, o
+            break
+        error = _squared_error(w, q, s, o, bits, asym)
+        if best is None:
+            best, best_error = (q, s, o), error
+            continue
+        better = error < best_error
+        best_error[better] = error[better]
+        best[0][better], best[1][better], best[2][better] = q[better], s[better], o[better]
+    assert best is not None
+    q, s, o = best
+    return q.astype(np.uint8), s, o
+
+
+def _to_fp16(values: NDArray[np.float32], what: str) -> NDArray[np.float16]:
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = values.astype(np.float16)
+    if not np.isfinite(rounded).all():
+        raise ValueError(f"{what} {np.abs(values).max():.4g} exceeds the largest fp16, 65504")
+    return rounded
+
+
+def _asym_range(
+    low: NDArray[np.float32], high: NDArray[np.float32], bits: int
+) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+    scale = (high - low) / np.float32((1 << bits) - 1)
+    return _to_fp16(scale, "scale"), _to_fp16(low, "offset")
+
+
+def _sym_range(
+    low: NDArray[np.float32], high: NDArray[np.float32], bits: int
+) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+    """The smallest scale whose codes reach both ends; negative where the upper end is farther."""
+    zero = np.float32(symmetric_zero(bits))
+    below, above = zero, np.float32((1 << bits) - 1) - zero  # steps on either side of zero
+    flip = high > -low
+    far = np.maximum(np.where(flip, high, -low), 0)
+    near = np.maximum(np.where(flip, -low, high), 0)
+    scale = np.maximum(far / below, near / above)
+    return _to_fp16(np.where(flip, -scale, scale), "scale"), np.zeros(low.shape, np.float16)
+
+
+def _nearest(
+    w: NDArray[np.float32],
+    s: NDArray[np.float16],
+    o: NDArray[np.float16],
+    bits: int,
+    asym: bool,
+) -> NDArray[np.float32]:
+    """Codes as float32 [r, g, n]; a scale of 0 gives the code of 0."""
+    s32 = s.astype(np.float32)[..., None]
+    inverse = np.divide(np.float32(1), s32, out=np.zeros_like(s32), where=s32 != 0)
+    if asym:
+        q = w - o.astype(np.float32)[..., None]
+        q *= inverse
+    else:
+        q = w * inverse
+        q += np.float32(symmetric_zero(bits))
+    np.rint(q, out=q)
+    return np.clip(q, 0, (1 << bits) - 1, out=q)
+
+
+def _squared_error(
+    w: NDArray[np.float32],
+    q: NDArray[np.float32],
+    s: NDArray[np.float16],
+    o: NDArray[np.float16],
+    bits: int,
+    asym: bool,
+) -> NDArray[np.float32]:
+    zero = np.float32(0 if asym else symmetric_zero(bits))
+    d = (q - zero) * s.astype(np.float32)[..., None]
+    d -= w
+    if asym:
+        d += o.astype(np.float32)[..., None]
+    error: NDArray[np.float32] = np.einsum("rgn,rgn->rg", d, d)
+    return error

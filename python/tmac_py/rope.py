@@ -1,0 +1,170 @@
+"""Rotary position embeddings: inverse frequencies of each scaling kind, as in transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tmac_py.errors import ModelFileError, UnsupportedError
+
+_REQUIRED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "factors": ("factors",),
+}
+_YARN_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+ROPE_TYPES = ("default", *_REQUIRED)
+"""Scaling kinds: transformers' names, and "factors", which divides each frequency by a number."""
+
+
+def normalize_rope_scaling(
+    scaling: Mapping[str, Any] | None, *, max_position_embeddings: int
+) -> dict[str, Any] | None:
+    """Bring transformers' ``rope_scaling`` / ``rope_parameters`` into one form.
+
+    Returns None for plain RoPE, else a dict with "rope_type" and only the keys that this type
+    reads; defaults that depend on the context length are filled in. Raises UnsupportedError for a
+    type or a key that this package does not know, ModelFileError for a bad value.
+    """
+    if not scaling:
+        return None
+    given = {key: value for key, value in scaling.items() if value is not None}
+    kind = given.pop("rope_type", given.get("type", "default"))
+    partial = given.pop("partial_rotary_factor", 1.0)
+    for ignored in ("type", "rope_theta", "finetuned"):
+        given.pop(ignored, None)
+    if kind not in ROPE_TYPES:
+        raise UnsupportedError(f"rope type {kind!r} is not supported ({', '.join(ROPE_TYPES)})")
+    if partial != 1.0:
+        raise UnsupportedError(f"partial_rotary_factor {partial} is not supported (only 1)")
+    if kind == "default":
+        return None
+    if kind in ("llama3", "yarn"):
+        original = given.setdefault("original_max_position_embeddings", max_position_embeddings)
+        if kind == "yarn" and isinstance(original, int) and original > 0:
+            given.setdefault("factor", max_position_embeddings / original)
+    result = {"rope_type": kind, **given}
+    check_rope_scaling(result)
+    return result
+
+
+def check_rope_scaling(scaling: Mapping[str, Any]) -> None:
+    """Raise UnsupportedError or ModelFileError, naming the key, unless ``scaling`` can be used."""
+    kind = scaling.get("rope_type")
+    if kind not in _REQUIRED:
+        raise UnsupportedError(f"rope type {kind!r} is not supported ({', '.join(ROPE_TYPES)})")
+    required = _REQUIRED[kind]
+    optional = (*_YARN_OPTIONAL, "truncate") if kind == "yarn" else ()
+    if missing := [key for key in required if key not in scaling]:
+        raise ModelFileError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}")
+    if unknown := sorted(set(scaling) - {"rope_type", *required, *optional}):
+        raise UnsupportedError(
+            f"rope_scaling of type {kind!r} does not know {', '.join(unknown)} "
+            f"({', '.join((*required, *optional))})"
+        )
+    for key in (*required, *optional):
+        value = scaling.get(key, 1)
+        if key == "truncate":
+            valid = isinstance(value, bool | int)
+        elif key == "factors":
+            valid = isinstance(value, list) and all(_is_positive(item) for item in value)
+        else:
+            valid = _is_positive(value)
+        if not valid:
+            raise ModelFileError(f"rope_scaling: {key} must be positive, found {value!r}")
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise ModelFileError("rope_scaling: high_freq_factor must be larger than low_freq_factor")
+
+
+def rope_frequencies(
+    *, head_dim: int, theta: float, scaling: Mapping[str, Any] | None
+) -> tuple[NDArray[np.float32], float]:
+    """Inverse frequencies float32 ``[head_dim / 2]`` and the factor on cos and sin.
+
+    "dynamic" is plain RoPE here: it changes frequencies only beyond ``max_position_embeddings``,
+    which is where a context ends.
+    """
+    plain = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    kind = scaling["rope_type"] if scaling else "default"
+    attention_scale = 1.0
+    if scaling is None or kind in ("default", "dynamic"):
+        freq = plain
+    elif kind == "linear":
+        freq = plain / scaling["factor"]
+    elif kind == "factors":
+        factors = np.asarray(scaling["factors"], dtype=np.float64)
+        if factors.shape != plain.shape:
+            raise ModelFileError(
+                f"rope_scaling: factors must hold {plain.size} numbers, found {factors.size}"
+            )
+        freq = plain / factors
+    elif kind == "llama3":
+        freq = _llama3(plain, scaling)
+    elif kind == "yarn":
+        freq = _yarn(plain, scaling, head_dim=head_dim, theta=theta)
+        attention_scale = _yarn_attention_scale(scaling)
+    else:
+        raise UnsupportedError(f"rope type {kind!r} is not supported ({', '.join(ROPE_TYPES)})")
+    return freq.astype(np.float32), attention_scale
+
+
+def _llama3(plain: NDArray[np.float64], scaling: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Long waves are slowed down by ``factor``, short ones kept, those between blended."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return np.asarray(keep * plain + (1.0 - keep) * plain / scaling["factor"])
+
+
+def _yarn(
+    plain: NDArray[np.float64], scaling: Mapping[str, Any], *, head_dim: int, theta: float
+) -> NDArray[np.float64]:
+    """Blend by index: fast dimensions keep their frequency, slow ones are divided by ``factor``."""
+    original = scaling["original_max_position_embeddings"]
+
+    def index_of(turns: float) -> float:
+        """The (real) index of the dimension that makes this many turns in the original context."""
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = index_of(scaling.get("beta_fast", 32.0))
+    high = index_of(scaling.get("beta_slow", 1.0))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    slow = np.clip((np.arange(plain.size) - low) / (high - low), 0.0, 1.0)
+    return np.asarray((1.0 - slow) * plain + slow * plain / scaling["factor"])
+
+
+def _yarn_attention_scale(scaling: Mapping[str, Any]) -> float:
+    factor = scaling["factor"]
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if "attention_factor" in scaling:
+        return float(scaling["attention_factor"])
+    if "mscale" in scaling and "mscale_all_dim" in scaling:
+        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def _is_positive(value: object) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and value > 0
+    )

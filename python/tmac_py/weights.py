@@ -1,0 +1,68 @@
+"""From the tensors of a .lut file to the decoder in the core."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tmac_py import _core
+from tmac_py.errors import ModelFileError
+from tmac_py.lutfile import LutFile
+
+Tables = Literal["int8", "exact"]
+
+
+def build_decoder(file: LutFile, tables: Tables) -> _core.Decoder:
+    """The C++ decoder over the mapped tensors of ``file``, which it keeps alive.
+
+    With tied embeddings embed_tokens and lm_head are one object.
+
+    Raises:
+        ModelFileError: a tensor does not fit the core.
+    """
+    config = file.config
+
+    def linear(name: str) -> _core.Linear:
+        packed, spec = file.linear(f"{name}.weight")
+        try:
+            return _core.Linear(
+                packed,
+                m=spec.m,
+                k=spec.k,
+                bits=spec.bits,
+                group_size=spec.group_size,
+                offset_kind=spec.offset_kind,
+                zero=spec.zero,
+            )
+        except ValueError as error:
+            raise ModelFileError(f"{file.path}: tensor {name}.weight: {error}") from error
+
+    def layer(index: int) -> _core.LayerTensors:
+        prefix = f"model.layers.{index}."
+        return {
+            "input_norm": file.float(f"{prefix}input_layernorm.weight"),
+            "post_attention_norm": file.float(f"{prefix}post_attention_layernorm.weight"),
+            "q_proj": linear(f"{prefix}self_attn.q_proj"),
+            "k_proj": linear(f"{prefix}self_attn.k_proj"),
+            "v_proj": linear(f"{prefix}self_attn.v_proj"),
+            "o_proj": linear(f"{prefix}self_attn.o_proj"),
+            "gate_proj": linear(f"{prefix}mlp.gate_proj"),
+            "up_proj": linear(f"{prefix}mlp.up_proj"),
+            "down_proj": linear(f"{prefix}mlp.down_proj"),
+        }
+
+    embed_tokens = linear("model.embed_tokens")
+    inv_freq, attention_scale = config.rope()
+    return _core.Decoder(
+        embed_tokens=embed_tokens,
+        lm_head=embed_tokens if config.tie_word_embeddings else linear("lm_head"),
+        final_norm=file.float("model.norm.weight"),
+        layers=[layer(i) for i in range(config.num_hidden_layers)],
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+        inv_freq=inv_freq,
+        rope_attention_scale=attention_scale,
+        sliding_window=config.sliding_window,
+        tables=tables,
+    )

@@ -1,0 +1,167 @@
+"""ModelConfig: reading config.json, refusing what cannot run, RoPE against transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tmac_py.config import ModelConfig
+from tmac_py.errors import ModelFileError, TmacError, UnsupportedError
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "rope.json").read_text())
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 4096,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+    "rope_theta": 100000.0,
+}
+
+
+def hf(**changes: Any) -> ModelConfig:
+    return ModelConfig.from_hf({**LLAMA, **changes})
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])
+def test_rope_equals_transformers(case: dict[str, Any]) -> None:
+    inv_freq, attention_scale = ModelConfig.from_hf(case["config"]).rope()
+    assert inv_freq.dtype == np.float32
+    # transformers computes in float32: its own rounding is a few parts in a million
+    np.testing.assert_allclose(inv_freq, case["inv_freq"], rtol=4e-6)
+    assert attention_scale == pytest.approx(case["attention_scale"], rel=1e-7)
+
+
+def test_reads_llama() -> None:
+    config = hf()
+    assert (config.head_dim, config.num_key_value_heads) == (64, 3)
+    assert (config.bos_token_id, config.eos_token_ids) == (1, (2,))
+    assert config.rope_theta == 100000.0
+    assert config.rope_scaling is None
+    assert config.tie_word_embeddings
+    assert config.sliding_window == 0
+
+
+def test_reads_transformers_5_rope_parameters() -> None:
+    values = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+    parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+    config = ModelConfig.from_hf({**values, "rope_parameters": parameters})
+    assert config.rope_theta == 5000.0
+    assert config.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    optional = ("num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
+    config = ModelConfig.from_hf({k: v for k, v in LLAMA.items() if k not in optional})
+    assert config.num_key_value_heads == config.num_attention_heads
+    assert config.rms_norm_eps == 1e-6
+    assert config.rope_theta == 10000.0
+    assert not config.tie_word_embeddings
+    assert hf(head_dim=None).head_dim == 64
+    assert hf(head_dim=32).head_dim == 32
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 4096), ({"sliding_window": None}, 0)])
+def test_sliding_window_is_mistrals(given: dict[str, Any], expected: int) -> None:
+    assert hf(model_type="mistral", num_key_value_heads=3, **given).sliding_window == expected
+    assert hf(sliding_window=512).sliding_window == 0  # transformers' llama has none
+
+
+def test_generation_config_decides_the_end_tokens() -> None:
+    config = ModelConfig.from_hf(LLAMA, {"eos_token_id": [2, 7]})
+    assert config.eos_token_ids == (2, 7)
+    assert hf(eos_token_id=None).eos_token_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported (llama, mistral)"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "(gptq)"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "sections": [1]}}, "sections"),
+    ],
+)
+def test_refuses_what_it_cannot_run(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        hf(**changes)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"num_key_value_heads": 2}, "multiple of"),
+        ({"head_dim": 63}, "even"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"bos_token_id": 4096}, "bos_token_id"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "factor must be positive"),
+        ({"rope_scaling": {"rope_type": "factors", "factors": [1.0]}}, "must hold 32 numbers"),
+    ],
+)
+def test_refuses_values_without_sense(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ModelFileError, match=text):
+        hf(**changes)
+
+
+def test_factors_divide_the_frequencies() -> None:
+    plain, _ = hf().rope()
+    factors = [1.0 + index for index in range(32)]
+    scaled, scale = hf(rope_scaling={"rope_type": "factors", "factors": factors}).rope()
+    np.testing.assert_allclose(scaled, plain / np.array(factors), rtol=1e-6)
+    assert scale == 1.0
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])
+def test_round_trip_through_json(case: dict[str, Any]) -> None:
+    config = ModelConfig.from_hf(case["config"])
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("name", sorted(hf().to_dict()))
+def test_from_dict_is_strict(name: str) -> None:
+    values = hf().to_dict()
+    without = {key: value for key, value in values.items() if key != name}
+    with pytest.raises(ModelFileError, match=f"missing key {name}"):
+        ModelConfig.from_dict(without)
+    for wrong in ([], "x", 1.5) if name != "eos_token_ids" else ("x", [1.5], {}):
+        if isinstance(wrong, float) and isinstance(values[name], float):
+            continue
+        with pytest.raises(TmacError, match=name):
+            ModelConfig.from_dict({**values, name: wrong})
+    with pytest.raises(ModelFileError, match="unknown key surprise"):
+        ModelConfig.from_dict({**values, "surprise": 1})
+
+
+def test_tensor_shapes() -> None:
+    tied, separate = hf().tensor_shapes(), hf(tie_word_embeddings=False).tensor_shapes()
+    assert len(tied) == 2 + 2 * 9
+    assert tied["model.layers.1.self_attn.k_proj.weight"] == (192, 576)
+    assert tied["model.layers.0.mlp.down_proj.weight"] == (576, 1536)
+    assert tied["model.norm.weight"] == (576,)
+    assert set(separate) - set(tied) == {"lm_head.weight"}

@@ -1,0 +1,83 @@
+"""``tmac convert``: its options, its messages, and the file it leaves or does not leave."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from tiny_checkpoints import TINY, gguf_tensors, hf_config, random_weights, write_gguf, write_hf
+from tmac_py.cli import convert
+from tmac_py.errors import TmacError
+from tmac_py.lutfile import LutFile
+
+
+def run(*arguments: str | Path) -> int:
+    parser = argparse.ArgumentParser()
+    convert.add_arguments(parser)
+    return convert.execute(parser.parse_args([str(argument) for argument in arguments]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hf(tmp_path_factory.mktemp("hf"), random_weights(TINY), hf_config(TINY))
+
+
+def test_one_summary_line_and_a_warning(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder, tmp_path / "m.lut", "--bits", "2", "--head-bits", "4", "--no-asym") == 0
+    out, err = capsys.readouterr()
+    warning, summary = err.splitlines()
+    assert out == ""
+    assert warning.startswith("warning: ")
+    assert "no tokenizer" in warning
+    assert summary.startswith(f"{tmp_path / 'm.lut'}: ")
+    assert "bits per weight" in summary
+    with LutFile.open(tmp_path / "m.lut") as file:
+        spec = file.linear("model.layers.0.mlp.up_proj.weight")[1]
+        assert (spec.bits, spec.group_size, spec.offset_kind) == (2, 32, "none")
+        assert file.linear("lm_head.weight")[1].bits == 4
+        assert "search=mse" in file.source["quantised"]
+
+
+def test_quiet_and_the_other_spelling(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "m.lut"
+    assert run("-q", folder, "-o", out, "--group-size", "-1", "--asym", "--search", "minmax") == 0
+    assert capsys.readouterr() == ("", "")
+    with LutFile.open(out) as file:
+        spec = file.linear("lm_head.weight")[1]
+        assert (spec.bits, spec.group_size, spec.offset_kind) == (8, 256, "offset")
+
+
+def test_a_file_is_replaced_only_with_force(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.lut"
+    out.write_text("mine")
+    with pytest.raises(TmacError, match="--force"):
+        run(folder, out)
+    assert out.read_text() == "mine"
+    assert run("-q", "--force", folder, out) == 0
+    LutFile.open(out).close()
+
+
+def test_output_paths_that_cannot_be(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TmacError, match="one output file"):
+        run(folder)
+    with pytest.raises(TmacError, match="one output file"):
+        run(folder, tmp_path / "a.lut", "-o", tmp_path / "b.lut")
+    with pytest.raises(TmacError, match="is a folder"):
+        run("--force", folder, tmp_path)
+    with pytest.raises(TmacError, match="does not exist"):
+        run(folder, tmp_path / "no" / "m.lut")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_source_is_never_written_over(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", TINY, gguf_tensors(random_weights(TINY), TINY, "Q8_0"))
+    before = path.read_bytes()
+    with pytest.raises(TmacError, match="is the source"):
+        run("--force", path, path)
+    assert path.read_bytes() == before

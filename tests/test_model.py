@@ -1,0 +1,309 @@
+"""Model on tiny random weights: caches, threads, instruction sets, limits, closing."""
+
+import threading
+
+import numpy as np
+import pytest
+import tiny_model as tiny
+import tmac_py
+from tmac_py import _core
+from tmac_py.errors import ContextError, ModelFileError, TmacError
+from tmac_py.model import Model
+
+IDS = np.random.default_rng(3).integers(0, tiny.VOCAB, 40).astype(np.int32)
+ISAS = [isa["name"] for isa in _core.isas() if isa["usable"]]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny.write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.lut")
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    with Model.load(path, threads=2) as model:
+        yield model
+
+
+@pytest.fixture
+def restore_isa():
+    active = _core.active_isa()
+    yield
+    _core.use_isa(active)
+
+
+def test_shapes_and_types(model):
+    cache = model.new_cache(50)
+    last = model.forward(IDS[:5], cache)
+    assert (last.shape, last.dtype) == ((tiny.VOCAB,), np.float32)
+    every = model.forward(IDS[5:8], cache, "all")
+    assert every.shape == (3, tiny.VOCAB)
+    assert (cache.pos, cache.n_ctx) == (8, 50)
+    assert model.logits(IDS).shape == (len(IDS), tiny.VOCAB)
+    assert np.isfinite(every).all()
+    assert every.std() > 0.01
+
+
+@pytest.mark.parametrize("tables", ["int8", "exact"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_prefill_equals_single_steps_bit_for_bit(tmp_path, tables, bits):
+    file = tiny.write_tiny_model(tmp_path / "m.lut", bits=bits, tie_word_embeddings=False)
+    with Model.load(file, threads=2, tables=tables) as model:
+        cache = model.new_cache()
+        single = np.stack([model.forward(IDS[i : i + 1], cache) for i in range(len(IDS))])
+        assert np.array_equal(model.logits(IDS), single)
+        split = model.new_cache()
+        parts = [model.forward(part, split, "all") for part in np.split(IDS, [1, 3, 20])]
+        assert np.array_equal(np.concatenate(parts), single)
+
+
+def test_more_ids_than_one_chunk(tmp_path):
+    file = tiny.write_tiny_model(tmp_path / "long.lut", max_position_embeddings=200)
+    with Model.load(file, threads=1) as model:
+        ids = np.resize(IDS, 150)
+        cache = model.new_cache()
+        assert np.array_equal(model.logits(ids)[-1], model.forward(ids, cache))
+
+
+@pytest.mark.usefixtures("restore_isa")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_isa_and_thread_count_gives_the_same_answer(path, threads):
+    answers = set()
+    for isa in ISAS:
+        _core.use_isa(isa)
+        assert _core.active_isa() == isa
+        with Model.load(path, threads=threads, tables="exact") as model:
+            answers.add(model.generate(IDS[:9].tolist(), max_tokens=12, temperature=0).ids)
+    with Model.load(path, threads=1, tables="exact") as model:
+        answers.add(model.generate(IDS[:9].tolist(), max_tokens=12, temperature=0).ids)
+    assert len(answers) == 1
+
+
+def test_a_truncated_cache_continues_from_there(model):
+    cache = model.new_cache()
+    model.forward(IDS[:10], cache)
+    wanted = model.forward(IDS[10:14], cache, "all")
+    model.forward(IDS[20:], cache)
+    cache.truncate(10)
+    assert cache.pos == 10
+    assert np.array_equal(model.forward(IDS[10:14], cache, "all"), wanted)
+    cache.truncate(0)
+    assert np.array_equal(model.forward(IDS, cache, "all"), model.logits(IDS))
+
+
+def test_two_threads_share_one_model(model):
+    prompts = [IDS[:7].tolist(), IDS[11:30].tolist()]
+    alone = [model.generate(prompt, max_tokens=30, seed=5).ids for prompt in prompts]
+    together = [None, None]
+    barrier = threading.Barrier(2)
+
+    def answer(i):
+        barrier.wait()
+        together[i] = model.generate(prompts[i], max_tokens=30, seed=5).ids
+
+    workers = [threading.Thread(target=answer, args=(i,)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert together == alone
+
+
+def test_python_runs_while_the_core_works(model):
+    stop, count = threading.Event(), [0]
+
+    def tick():
+        while not stop.is_set():
+            count[0] += 1
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    try:
+        before = count[0]
+        for _ in range(3):
+            model.logits(IDS)
+    finally:
+        stop.set()
+        ticker.join()
+    assert count[0] > before
+
+
+def test_separate_and_tied_heads(tmp_path):
+    file = tiny.write_tiny_model(tmp_path / "m.lut", tie_word_embeddings=False, seed=1)
+    with Model.load(file) as separate:
+        assert separate.logits(IDS).shape == (len(IDS), tiny.VOCAB)
+
+
+def test_generate_and_stream_agree(model):
+    result = model.generate("the cat", max_tokens=10, seed=1)
+    tokens = list(model.stream("the cat", max_tokens=10, seed=1))
+    assert result == "".join(token.text for token in tokens)
+    assert result.ids == tuple(token.id for token in tokens)
+    assert result.seed == 1
+    again = model.generate("the cat", max_tokens=10)
+    assert model.generate("the cat", max_tokens=10, seed=again.seed) == again
+
+
+def test_logprobs_are_those_of_logits(model):
+    prompt = model.tokenizer.encode("the cat")
+    result = model.generate(prompt, max_tokens=6, temperature=0)
+    rows = model.logits([*prompt, *result.ids])[len(prompt) - 1 : -1].astype(np.float64)
+    rows -= rows.max(axis=1, keepdims=True)
+    rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    wanted = [row[i] for row, i in zip(rows, result.ids, strict=True)]
+    assert np.allclose(result.logprobs, wanted, atol=1e-5)
+    assert list(result.ids) == rows.argmax(axis=1).tolist()
+
+
+def test_a_cache_given_carries_on(model):
+    prompt = IDS[:8].tolist()
+    whole = model.generate(prompt, max_tokens=8, temperature=0).ids
+    assert len(whole) == 8
+    cache = model.new_cache()
+    first = model.generate(prompt, max_tokens=4, temperature=0, cache=cache).ids
+    assert cache.pos == len(prompt) + 3
+    second = model.generate(first[-1:], max_tokens=4, temperature=0, cache=cache).ids
+    assert first + second == whole
+    with pytest.raises(TmacError, match="exclude each other"):
+        model.generate(prompt, cache=cache, n_ctx=20)
+
+
+def test_a_closed_stream_leaves_the_model_usable(model):
+    wanted = model.generate("the cat", max_tokens=5, seed=1)
+    for n in range(3):
+        stream = model.stream("the cat", max_tokens=5, seed=1)
+        for _ in range(n):
+            next(stream)
+        stream.close()
+    assert model.generate("the cat", max_tokens=5, seed=1) == wanted
+
+
+def test_the_context_limits_prompt_and_answer(model):
+    result = model.generate(IDS.tolist(), max_tokens=-1, n_ctx=44, temperature=0)
+    assert len(result.ids) <= 4
+    assert result.finish_reason == ("stop" if result.ids[-1] == 2 else "length")
+    with pytest.raises(ContextError, match="40 tokens, the context holds 40"):
+        model.generate(IDS.tolist(), n_ctx=40)
+    with pytest.raises(ContextError, match="100 tokens, the context holds 96"):
+        model.stream([5] * 100)
+    with pytest.raises(ContextError, match="100 tokens, the context holds 96"):
+        model.logits([5] * 100)
+    cache = model.new_cache(10)
+    model.forward(IDS[:8], cache)
+    with pytest.raises(ContextError, match="the context holds 10 and 8 are in use"):
+        model.forward(IDS[:3], cache)
+    assert cache.pos == 8
+    with pytest.raises(ContextError, match="3 tokens after the 8 already there"):
+        model.stream([1, 2, 3], cache=cache)
+    for n_ctx in (-1, 97, 1.5, True):
+        with pytest.raises(ContextError, match=r"n_ctx is .*; allowed: 0 to 96"):
+            model.new_cache(n_ctx)
+
+
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        ([], "no tokens"),
+        ([-1], "token id -1 is outside the vocabulary of 320"),
+        ([1, 320], "token id 320 is outside"),
+        ([2**40], "outside"),
+        ([1.5], "sequence of integers"),
+        ([[1, 2]], "sequence of integers"),
+        ([True], "sequence of integers"),
+        (["a"], "sequence of integers"),
+        ([[1], [1, 2]], "sequence of integers"),
+    ],
+)
+def test_ids_that_are_none(model, ids, text):
+    for call in (model.logits, model.stream, lambda ids: model.forward(ids, model.new_cache())):
+        with pytest.raises(TmacError, match=text):
+            call(ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0; allowed: 1 up, or -1"),
+        ({"max_tokens": -2}, "max_tokens is -2"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"stop": [""]}, "stop is ''"),
+        ({"n_ctx": -1}, "n_ctx is -1"),
+    ],
+)
+def test_arguments_are_checked_before_the_first_token(model, options, text):
+    with pytest.raises(TmacError, match=text):
+        model.stream("the cat", **options)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025, 1.5, "2", True])
+def test_threads_are_checked(path, threads):
+    with pytest.raises(TmacError, match=r"threads is .*; allowed: 1 to 1024"):
+        Model.load(path, threads=threads)
+
+
+def test_tables_are_checked(path):
+    with pytest.raises(TmacError, match="tables is 'int4'; allowed: 'int8', 'exact'"):
+        Model.load(path, tables="int4")
+
+
+def test_chat_prompt(model, tmp_path):
+    messages = [{"role": "user", "content": "the cat"}]
+    ids = model.chat_prompt(messages)
+    text = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+    assert model.tokenizer.decode(ids, skip_special=False) == text
+    assert ids[0] == 1
+    assert model.generate(ids, max_tokens=2).timings.n_prompt == len(ids)
+    with Model.load(tiny.write_tiny_model(tmp_path / "base.lut", chat=False)) as base:
+        assert base.chat_template is None
+        with pytest.raises(TmacError, match="no chat template"):
+            base.chat_prompt(messages)
+
+
+def test_use_after_close(path):
+    model = Model.load(path)
+    stream = model.stream("the cat", max_tokens=50, temperature=0)
+    next(stream)
+    cache = model.new_cache()
+    model.close()
+    model.close()
+    assert model.closed
+    for call in (
+        lambda: next(stream),
+        lambda: model.generate("the cat"),
+        lambda: model.forward([1], cache),
+        lambda: model.logits([1]),
+        model.new_cache,
+    ):
+        with pytest.raises(TmacError, match=r"tiny\.lut: the model is closed"):
+            call()
+
+
+def test_a_damaged_file_is_refused(path, tmp_path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    damaged = tmp_path / "damaged.lut"
+    damaged.write_bytes(data)
+    with pytest.raises(ModelFileError, match=r"damaged\.lut"):
+        Model.load(damaged)
+    with pytest.raises(ModelFileError, match="no such file"):
+        Model.load(tmp_path / "missing.lut")
+
+
+def test_a_file_without_a_tokenizer_knows_only_ids(tmp_path, model):
+    with Model.load(tiny.write_tiny_model(tmp_path / "m.lut", files={})) as bare:
+        assert np.array_equal(bare.logits(IDS), model.logits(IDS))
+        assert bare.chat_template is None
+        for call in (lambda: bare.tokenizer, lambda: bare.generate("x"), lambda: bare.stream([1])):
+            with pytest.raises(ModelFileError, match=r"m\.lut: the file carries no tokenizer"):
+                call()
+    with pytest.raises(ModelFileError, match=r"no tokenizer: tokenizer\.json or tokenizer\.model"):
+        Model.load(tiny.write_tiny_model(tmp_path / "o.lut", files={"README": b"x"}))
+
+
+def test_the_package_exports_what_it_says():
+    assert tmac_py.Model is Model
+    for name in tmac_py.__all__:
+        assert getattr(tmac_py, name) is not None
+    assert set(tmac_py.__all__) <= set(dir(tmac_py))
+    with pytest.raises(AttributeError, match="no attribute 'Missing'"):
+        _ = tmac_py.Missing

@@ -1,0 +1,211 @@
+"""Writers of tiny GGUF and safetensors checkpoints for the tests of the readers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from tmac_py.config import ModelConfig
+
+TINY = ModelConfig(
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=40,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_position_embeddings=128,
+    tie_word_embeddings=False,
+)
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+HALVES = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}
+"""Where the fp16 numbers stand in a block of the types that the gguf package cannot write."""
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, NDArray[np.float32]]:
+    """Weights under Hugging Face names, about the size real ones have."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.normal(1 if len(shape) == 1 else 0, 0.05, shape).astype(np.float32)
+        for name, shape in config.tensor_shapes().items()
+    }
+
+
+def gguf_name(name: str) -> str:
+    """``model.layers.0.mlp.up_proj.weight`` -> ``blk.0.ffn_up.weight``."""
+    stem = name.removesuffix(".weight")
+    if stem.startswith("model.layers."):
+        _, _, layer, part = stem.split(".", 3)
+        return f"blk.{layer}.{GGUF_NAMES[part]}.weight"
+    return GGUF_NAMES[stem] + ".weight"
+
+
+def interleave(w: NDArray[Any], heads: int) -> NDArray[Any]:
+    """Rows as llama.cpp's converter stores q and k: the halves of each head alternate."""
+    halves = w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:])
+    return np.asarray(halves.swapaxes(1, 2).reshape(w.shape))
+
+
+def to_gguf_order(name: str, w: NDArray[Any], config: ModelConfig) -> NDArray[Any]:
+    if name.endswith("q_proj.weight"):
+        return interleave(w, config.num_attention_heads)
+    if name.endswith("k_proj.weight"):
+        return interleave(w, config.num_key_value_heads)
+    return w
+
+
+def encode(w: NDArray[np.float32], kind: str, seed: int = 0) -> NDArray[Any]:
+    """Bytes of ``w`` in a GGUF type; for the K types valid random blocks of that shape."""
+    qtype = gguf.GGMLQuantizationType[kind]
+    if kind not in HALVES:
+        return gguf.quants.quantize(w, qtype)
+    block, nbytes = gguf.GGML_QUANT_SIZES[qtype]
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (w.shape[0], w.shape[1] // block, nbytes), np.uint8)
+    for start in HALVES[kind]:
+        d = rng.normal(0, 0.002, raw.shape[:2]).astype(np.float16)
+        raw[..., start : start + 2] = d[..., None].view(np.uint8)
+    return raw.reshape(w.shape[0], -1)
+
+
+def write_gguf(
+    path: Path,
+    config: ModelConfig,
+    tensors: dict[str, tuple[NDArray[Any], str]],
+    metadata: dict[str, Any] | None = None,
+    *,
+    architecture: str = "llama",
+) -> Path:
+    """A GGUF file of GGUF names -> (stored array, type); ``metadata`` overrides or adds keys."""
+    writer = gguf.GGUFWriter(path, architecture)
+    values: dict[str, Any] = {
+        "llama.embedding_length": config.hidden_size,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.block_count": config.num_hidden_layers,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "llama.context_length": config.max_position_embeddings,
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": config.rope_theta,
+        **(metadata or {}),
+    }
+    for key, value in values.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif value is not None:
+            writer.add_array(key, value)
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def gguf_tensors(
+    weights: dict[str, NDArray[np.float32]], config: ModelConfig, kind: str
+) -> dict[str, tuple[NDArray[Any], str]]:
+    """GGUF names -> (stored array, type): matrices as ``kind``, norms as F32."""
+    stored = {}
+    for seed, (name, w) in enumerate(weights.items()):
+        this = kind if w.ndim == 2 else "F32"
+        stored[gguf_name(name)] = (encode(to_gguf_order(name, w, config), this, seed), this)
+    return stored
+
+
+def save_safetensors(path: Path, tensors: dict[str, NDArray[Any]], dtype: str) -> None:
+    """A safetensors file written byte by byte; bfloat16 by cutting float32 in half."""
+    header, data = {}, b""
+    for name, w in tensors.items():
+        if dtype == "BF16":
+            raw = (np.ascontiguousarray(w, np.float32).view(np.uint32) >> 16).astype("<u2")
+        else:
+            raw = w.astype({"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1"}[dtype])
+        content = raw.tobytes()
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(w.shape),
+            "data_offsets": [len(data), len(data) + len(content)],
+        }
+        data += content
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def hf_config(config: ModelConfig, **changes: Any) -> dict[str, Any]:
+    """The config.json of a transformers-4 checkpoint."""
+    values = config.to_dict()
+    for key in ("architecture", "eos_token_ids", "add_bos_token", "rope_scaling", "bos_token_id"):
+        values.pop(key)
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "float32",
+        **values,
+        **changes,
+    }
+
+
+def write_hf(
+    folder: Path,
+    weights: dict[str, NDArray[np.float32]],
+    config: dict[str, Any],
+    *,
+    dtype: str = "F32",
+    shards: int = 1,
+) -> Path:
+    """A Hugging Face folder, in one file or in shards with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_safetensors(folder / "model.safetensors", weights, dtype)
+        return folder
+    names = list(weights)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: weights[name] for name in names[i::shards]}
+        save_safetensors(folder / file, part, dtype)
+        weight_map.update(dict.fromkeys(part, file))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder

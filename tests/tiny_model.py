@@ -1,0 +1,66 @@
+"""A .lut of a random model of a few layers, small enough to run in milliseconds."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from tiny_vocab import CHATML, byte_level_json
+from tmac_py import _core
+from tmac_py.config import ModelConfig
+from tmac_py.lutfile import LutWriter
+from tmac_py.quant import quantize_rtn
+
+N_CTX = 96
+VOCAB = 320
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """Two layers, grouped-query attention, head_dim unlike hidden_size / heads."""
+    values = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": VOCAB,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": N_CTX,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_ids": (2,),
+    }
+    return ModelConfig(**{**values, **changes})
+
+
+def write_tiny_model(path: Path, *, seed=0, bits=4, chat=True, files=None, **config) -> Path:
+    """Write the model to ``path``; the vocabulary is padded beyond what the tokenizer has."""
+    if files is None:
+        settings = {"add_bos_token": False, "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+        files = {
+            "tokenizer.json": byte_level_json(),
+            "tokenizer_config.json": json.dumps(settings).encode(),
+        }
+        if chat:
+            files["chat_template.jinja"] = CHATML.encode()
+    random = np.random.default_rng(seed)
+    model = tiny_config(**config)
+    with LutWriter(path, config=model, tokenizer=files, source={"test": "random"}) as writer:
+        for name, shape in model.tensor_shapes().items():
+            if len(shape) == 1:
+                writer.add_float(name, random.uniform(0.5, 1.5, shape).astype(np.float32))
+                continue
+            weights = random.standard_normal(shape).astype(np.float32) / np.sqrt(shape[1])
+            head = "embed" in name or "lm_head" in name
+            q = quantize_rtn(weights * (8 if head else 1), bits=8 if head else bits, group_size=32)
+            packed = _core.pack(
+                q.codes,
+                q.scales,
+                q.offsets,
+                bits=q.bits,
+                group_size=q.group_size,
+                offset_kind=q.offset_kind,
+            )
+            writer.add_linear(name, packed, q.spec)
+    return path
