@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+
 from tmac_py.chat import ChatTemplate, find_template
 from tmac_py.errors import TmacError
 

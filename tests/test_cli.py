@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 import tiny_model
 from tmac_py import _core
 from tmac_py.cli import main as cli

@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_lut import write
 
+from tiny_lut import write
 from tmac_py import default_model
 from tmac_py.default_model import DEFAULT_MODELS, PackagedModel, cached_path, ensure_model
 from tmac_py.errors import DownloadError

@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+
 from tiny_vocab import byte_level_json, sentencepiece_model
 from tmac_py.errors import TmacError
 from tmac_py.generate import PREFILL_CHUNK, Result, StopFinder, check_stop, stream_tokens

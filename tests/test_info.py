@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_lut import CONFIG, Q_PROJ, write
 
+from tiny_lut import CONFIG, Q_PROJ, write
 from tmac_py import machine
 from tmac_py.cli import info, inspect
 from tmac_py.cli.tables import format_bytes, format_table

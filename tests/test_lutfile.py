@@ -12,8 +12,8 @@ import pytest
 import safetensors
 import safetensors.numpy
 import xxhash
-from tiny_lut import CONFIG, NORM, Q_PROJ, SOURCE, TOKENIZER, contents, spec_of, write
 
+from tiny_lut import CONFIG, NORM, Q_PROJ, SOURCE, TOKENIZER, contents, spec_of, write
 from tmac_py.errors import ModelFileError, UnsupportedError
 from tmac_py.lutfile import LutFile
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_lut import CONFIG, NORM, Q_PROJ, spec_of, write
 
+from tiny_lut import CONFIG, NORM, Q_PROJ, spec_of, write
 from tmac_py.errors import ModelFileError
 from tmac_py.lutfile import LutWriter
 from tmac_py.lutheader import packed_nbytes

@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+
 import tiny_model as tiny
 import tmac_py
 from tmac_py import _core

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from tmac_py.errors import TmacError
 from tmac_py.sampling import Sampler, SamplingParams, _candidates, _top_k
 

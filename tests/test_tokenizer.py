@@ -6,6 +6,7 @@ import random
 import pytest
 import sentencepiece
 import tokenizers
+
 from tiny_vocab import byte_fallback_json, byte_level_json, sentencepiece_model
 from tmac_py.errors import ModelFileError, TmacError, UnsupportedError
 from tmac_py.tokenizer import IncrementalDecoder, Tokenizer

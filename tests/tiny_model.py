@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+
 from tiny_vocab import CHATML, byte_level_json
 from tmac_py import _core
 from tmac_py.config import ModelConfig

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/linear.h"
+#include "ops/bandwidth.h"
 
 PYBIND11_MODULE(_core, module) {
   namespace py = pybind11;
@@ -25,4 +26,11 @@ PYBIND11_MODULE(_core, module) {
   module.def("active_isa", [] { return tmac::kernels().name; });
   tmac::bind_linear(module);
   tmac::bind_decoder(module);
+  module.def(
+      "read_bandwidth",
+      [](int64_t nbytes, tmac::ThreadPool& pool) {
+        return tmac::read_bandwidth(nbytes, pool) / 1e9;
+      },
+      py::arg("nbytes"), py::arg("pool"), py::call_guard<py::gil_scoped_release>(),
+      "GB/s that the pool reads from a buffer of nbytes: the best of several passes.");
 }

@@ -4,7 +4,7 @@ template <typename S>
 void build_span(const float* x, Tables tables, const LutView& lut) {
   using N = typename S::Narrow;  // at most 8 lanes: a lane is a table
   using F = typename N::F;
-  constexpr int kLanes = N::kFloats;
+  constexpr int kStep = N::kFloats;
   const bool exact = tables == Tables::kExact;
 
   alignas(64) float lanes[kTableWeights][kSpanTables];  // lanes[i][t] = x[4 t + i]
@@ -14,7 +14,7 @@ void build_span(const float* x, Tables tables, const LutView& lut) {
 
   // What sets the scale: the largest entry, or for exact tables the largest |x|.
   alignas(64) float magnitude[kSpanTables], poison[kSpanTables];
-  for (int t = 0; t < kSpanTables; t += kLanes) {
+  for (int t = 0; t < kSpanTables; t += kStep) {
     const F zero = N::set(0);
     F m = zero, p = zero;
     for (int i = 0; i < kTableWeights; ++i) {
@@ -48,7 +48,7 @@ void build_span(const float* x, Tables tables, const LutView& lut) {
   }
 
   alignas(64) int32_t low[8][kSpanTables], high[8][kSpanTables];  // entries 8..15 of every table
-  for (int t = 0; t < kSpanTables; t += kLanes) {
+  for (int t = 0; t < kSpanTables; t += kStep) {
     const F to_units = N::load_f(inverse + t);
     F v[kTableWeights];
     for (int i = 0; i < kTableWeights; ++i) {

@@ -1,6 +1,43 @@
 // The float work between two matrix products: norm, activation, attention over an fp16 cache.
+//
+// Every instruction set returns the same bits. What is computed lane by lane is the same anyway;
+// sums run over 16 lanes whatever the vector width, and are added up by halving (lane i + lane
+// i + 8, ...). The rest of a length that is no multiple of 16 is done one by one.
+constexpr int kLanes = 16;
 
-// Applies body(i) for whole vectors and tail(i) for the rest of [0, n).
+// 16 floats in as many vectors as that takes.
+template <typename S>
+struct Wide {
+  static constexpr int kParts = kLanes / S::kFloats;
+  typename S::F part[kParts];
+
+  static Wide set(float x) {
+    Wide w;
+    for (auto& p : w.part) p = S::set(x);
+    return w;
+  }
+  // body(vector, offset of its first lane)
+  template <typename Body>
+  void each(const Body& body) {
+    for (int i = 0; i < kParts; ++i) body(part[i], i * S::kFloats);
+  }
+  float sum() {
+    for (int half = kParts / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) part[i] = S::add(part[i], part[i + half]);
+    }
+    return S::sum(part[0]);
+  }
+};
+
+// body(i) at every 16th place of [0, n), then tail(i) for each of the rest.
+template <typename Body, typename Tail>
+inline void for_each_16(int64_t n, const Body& body, const Tail& tail) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i);
+  for (; i < n; ++i) tail(i);
+}
+
+// body(i) for every whole vector of [0, n), tail(i) for each of the rest. For work without sums.
 template <typename S, typename Body, typename Tail>
 inline void for_each_vector(int64_t n, const Body& body, const Tail& tail) {
   int64_t i = 0;
@@ -8,7 +45,7 @@ inline void for_each_vector(int64_t n, const Body& body, const Tail& tail) {
   for (; i < n; ++i) tail(i);
 }
 
-// e^x for x <= 88, relative error below 2e-7; 0 below -87. NaN stays NaN.
+// e^x for x <= 88, relative error below 2e-7; e^-87 for anything below. NaN stays NaN.
 // 2^n * P(r) with n = round(x log2 e), |r| <= ln2 / 2, P the Taylor polynomial of degree 7.
 template <typename S>
 inline typename S::F exponential(typename S::F x) {
@@ -26,7 +63,6 @@ inline typename S::F exponential(typename S::F x) {
   return S::mul(p, S::as_float(S::exponent_of_two(n)));
 }
 
-// One value through the vector path, so that a tail rounds like the rest.
 template <typename S>
 inline float exponential_of(float x) {
   float lanes[S::kFloats];
@@ -37,21 +73,24 @@ inline float exponential_of(float x) {
 template <typename S>
 void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
   using F = typename S::F;
-  F squares = S::set(0);
+  auto squares = Wide<S>::set(0);
   float rest = 0;
-  for_each_vector<S>(
+  for_each_16(
       n,
       [&](int64_t i) {
-        const F v = S::load_f(x + i);
-        squares = S::fma(v, v, squares);
+        squares.each([&](F& sum, int lane) {
+          const F v = S::load_f(x + i + lane);
+          sum = S::fma(v, v, sum);
+        });
       },
       [&](int64_t i) { rest += x[i] * x[i]; });
-  const float mean = (S::sum(squares) + rest) / static_cast<float>(n);
+  const float mean = (squares.sum() + rest) / static_cast<float>(n);
   const float inverse = 1.0f / __builtin_sqrtf(mean + eps);
   for_each_vector<S>(
       n,
       [&](int64_t i) {
-        S::store_f(out + i, S::mul(S::mul(S::load_f(x + i), S::set(inverse)), S::load_f(weight + i)));
+        const F normed = S::mul(S::load_f(x + i), S::set(inverse));
+        S::store_f(out + i, S::mul(normed, S::load_f(weight + i)));
       },
       [&](int64_t i) { out[i] = x[i] * inverse * weight[i]; });
 }
@@ -67,7 +106,7 @@ void silu_multiply(float* gate, const float* up, int64_t n) {
         const F e = exponential<S>(S::sub(S::set(0), g));
         S::store_f(gate + i, S::mul(S::div(g, S::add(one, e)), S::load_f(up + i)));
       },
-      [&](int64_t i) { gate[i] = gate[i] / (1 + exponential_of<S>(-gate[i])) * up[i]; });
+      [&](int64_t i) { gate[i] = gate[i] / (1 + exponential_of<S>(0 - gate[i])) * up[i]; });
 }
 
 template <typename S>
@@ -84,64 +123,89 @@ void to_half(const float* x, uint16_t* out, int64_t n) {
       [&](int64_t i) { out[i] = float_to_half(x[i]); });
 }
 
-template <int kValue>
-struct Count {
-  static constexpr int value = kValue;
-};
-
+// scores[t] = scale * q . keys[t]; returns the largest, NaN if any is.
 template <typename S>
-void attend(const float* q, const uint16_t* keys, const uint16_t* values, int64_t n,
-            int64_t head_dim, float scale, float* scores, float* out) {
+inline float score_keys(const float* q, const uint16_t* keys, int64_t n, int64_t head_dim,
+                        float scale, float* scores) {
   using F = typename S::F;
   float largest = -__FLT_MAX__;
   bool nan = false;
   for (int64_t t = 0; t < n; ++t) {
     const uint16_t* key = keys + t * head_dim;
-    F products = S::set(0);
+    auto products = Wide<S>::set(0);
     float rest = 0;
-    for_each_vector<S>(
+    for_each_16(
         head_dim,
-        [&](int64_t i) { products = S::fma(S::load_f(q + i), S::load_half(key + i), products); },
+        [&](int64_t i) {
+          products.each([&](F& sum, int lane) {
+            sum = S::fma(S::load_f(q + i + lane), S::load_half(key + i + lane), sum);
+          });
+        },
         [&](int64_t i) { rest += q[i] * half_to_float(key[i]); });
-    const float score = scale * (S::sum(products) + rest);
-    scores[t] = score;
-    largest = score > largest ? score : largest;
-    nan = nan || score != score;
+    scores[t] = scale * (products.sum() + rest);
+    largest = scores[t] > largest ? scores[t] : largest;
+    nan = nan || scores[t] != scores[t];
   }
-  if (nan) largest = __builtin_nanf("");
-  F sums = S::set(0);
-  float total = 0;
-  for_each_vector<S>(
+  return nan ? __builtin_nanf("") : largest;
+}
+
+// scores[t] = e^(scores[t] - largest); returns their sum.
+template <typename S>
+inline float exponentiate(float* scores, int64_t n, float largest) {
+  using F = typename S::F;
+  auto sums = Wide<S>::set(0);
+  float rest = 0;
+  for_each_16(
       n,
       [&](int64_t t) {
-        const F e = exponential<S>(S::sub(S::load_f(scores + t), S::set(largest)));
-        S::store_f(scores + t, e);
-        sums = S::add(sums, e);
+        sums.each([&](F& sum, int lane) {
+          float* at = scores + t + lane;
+          const F e = exponential<S>(S::sub(S::load_f(at), S::set(largest)));
+          S::store_f(at, e);
+          sum = S::add(sum, e);
+        });
       },
-      [&](int64_t t) { total += scores[t] = exponential_of<S>(scores[t] - largest); });
-  total += S::sum(sums);
+      [&](int64_t t) { rest += scores[t] = exponential_of<S>(scores[t] - largest); });
+  return sums.sum() + rest;
+}
 
-  const F share = S::set(1.0f / total);
-  // `count` vectors of the output at a time, kept in registers.
-  const auto weigh_values = [&](auto count, int64_t at) {
-    constexpr int kCount = decltype(count)::value;
-    F acc[kCount];
-    for (F& a : acc) a = S::set(0);
-    for (int64_t t = 0; t < n; ++t) {
-      const F weight = S::set(scores[t]);
-      for (int i = 0; i < kCount; ++i) {
-        const uint16_t* value = values + t * head_dim + at + i * S::kFloats;
-        acc[i] = S::fma(weight, S::load_half(value), acc[i]);
-      }
+// out[0 .. kCount * kFloats) = share * sum_t scores[t] * values[t]; rows of values are `stride`
+// apart.
+template <typename S, int kCount>
+inline void weigh_values(const float* scores, const uint16_t* values, int64_t n, int64_t stride,
+                         float share, float* out) {
+  using F = typename S::F;
+  F acc[kCount];
+  for (F& a : acc) a = S::set(0);
+  for (int64_t t = 0; t < n; ++t) {
+    const F weight = S::set(scores[t]);
+    for (int i = 0; i < kCount; ++i) {
+      acc[i] = S::fma(weight, S::load_half(values + t * stride + i * S::kFloats), acc[i]);
     }
-    for (int i = 0; i < kCount; ++i) S::store_f(out + at + i * S::kFloats, S::mul(acc[i], share));
-  };
-  int64_t at = 0;
-  for (; at + 4 * S::kFloats <= head_dim; at += 4 * S::kFloats) weigh_values(Count<4>{}, at);
-  for (; at + S::kFloats <= head_dim; at += S::kFloats) weigh_values(Count<1>{}, at);
-  for (; at < head_dim; ++at) {
+  }
+  for (int i = 0; i < kCount; ++i) {
+    S::store_f(out + i * S::kFloats, S::mul(acc[i], S::set(share)));
+  }
+}
+
+template <typename S>
+void attend(const float* q, const uint16_t* keys, const uint16_t* values, int64_t n,
+            int64_t head_dim, float scale, float* scores, float* out) {
+  const float largest = score_keys<S>(q, keys, n, head_dim, scale, scores);
+  const float share = 1.0f / exponentiate<S>(scores, n, largest);
+  constexpr int kTogether = 4;  // vectors of the output kept in registers
+  int64_t i = 0;
+  for (; i + kTogether * S::kFloats <= head_dim; i += kTogether * S::kFloats) {
+    weigh_values<S, kTogether>(scores, values + i, n, head_dim, share, out + i);
+  }
+  for (; i + S::kFloats <= head_dim; i += S::kFloats) {
+    weigh_values<S, 1>(scores, values + i, n, head_dim, share, out + i);
+  }
+  for (; i < head_dim; ++i) {
     float acc = 0;
-    for (int64_t t = 0; t < n; ++t) acc += scores[t] * half_to_float(values[t * head_dim + at]);
-    out[at] = acc / total;
+    for (int64_t t = 0; t < n; ++t) {
+      acc = __builtin_fmaf(scores[t], half_to_float(values[t * head_dim + i]), acc);
+    }
+    out[i] = acc * share;
   }
 }

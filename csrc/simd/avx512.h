@@ -103,7 +103,9 @@ struct Avx512 {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
-  static float sum(F a) { return _mm512_reduce_add_ps(a); }
+  static float sum(F a) {
+    return Avx2::sum(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
+  }
   static float max_of(F a) { return _mm512_reduce_max_ps(a); }
 
   static void prefetch(const uint8_t* p) { Avx2::prefetch(p); }

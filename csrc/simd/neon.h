@@ -98,7 +98,10 @@ struct Neon {
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static F max(F a, F b) { return vmaxq_f32(a, b); }
   static F min(F a, F b) { return vminq_f32(a, b); }
-  static float sum(F a) { return vaddvq_f32(a); }
+  static float sum(F a) {
+    const float32x2_t pairs = vadd_f32(vget_low_f32(a), vget_high_f32(a));
+    return vget_lane_f32(pairs, 0) + vget_lane_f32(pairs, 1);
+  }
   static float max_of(F a) { return vmaxvq_f32(a); }
 
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p); }

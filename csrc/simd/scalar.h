@@ -140,7 +140,7 @@ struct Scalar {
     return a;
   }
   static F fma(const F& a, const F& b, F c) {
-    for (int i = 0; i < 4; ++i) c.v[i] += a.v[i] * b.v[i];
+    for (int i = 0; i < 4; ++i) c.v[i] = fused(a.v[i], b.v[i], c.v[i]);
     return c;
   }
   static F max(F a, const F& b) {
@@ -168,6 +168,24 @@ struct Scalar {
         out[t * stride + 7 - e] = static_cast<int8_t>(-entries[e][t]);
       }
     }
+  }
+
+ private:
+  // a * b + c with one rounding, on a CPU that may not have the instruction: the product is exact
+  // in double, the sum is rounded to odd, and so the last rounding is that of the exact sum
+  // (Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008).
+  static float fused(float a, float b, float c) {
+    const double product = static_cast<double>(a) * b, addend = c;
+    const double sum = product + addend;
+    const double part = sum - product;
+    const double error = (product - (sum - part)) + (addend - part);
+    if (!(error != 0) || !(sum - sum == 0)) return static_cast<float>(sum);
+    int64_t bits;
+    std::memcpy(&bits, &sum, 8);
+    if ((bits & 1) == 0) bits += (error > 0) == (sum > 0) ? 1 : -1;
+    double odd;
+    std::memcpy(&odd, &bits, 8);
+    return static_cast<float>(odd);
   }
 };
 

@@ -16,6 +16,7 @@ from tmac_py.errors import (
     ContextError,
     DownloadError,
     ModelFileError,
+    OptionError,
     TmacError,
     UnsupportedError,
 )
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tmac_py.generate import Result, Token
     from tmac_py.linear import LutLinear
     from tmac_py.model import Model
+    from tmac_py.quant import QuantTensor
 
     __version__: str
 
@@ -33,6 +35,8 @@ __all__ = [
     "LutLinear",
     "Model",
     "ModelFileError",
+    "OptionError",
+    "QuantTensor",
     "Result",
     "TmacError",
     "Token",
@@ -43,6 +47,7 @@ __all__ = [
 _HOMES = {
     "LutLinear": "tmac_py.linear",
     "Model": "tmac_py.model",
+    "QuantTensor": "tmac_py.quant",
     "Result": "tmac_py.generate",
     "Token": "tmac_py.generate",
     "__version__": "tmac_py._core",

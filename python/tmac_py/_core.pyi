@@ -1,4 +1,4 @@
-"""The C++ core: packing, lookup-table linear layers, the decoder step. Checks and conversions only."""
+"""The C++ core: packing, lookup-table products, the decoder step."""
 
 from collections.abc import Sequence
 from typing import Literal, TypedDict
@@ -23,7 +23,9 @@ def active_isa() -> str: ...
 OffsetKind = Literal["none", "offset", "zero"]
 Tables = Literal["int8", "exact"]
 
-def packed_nbytes(m: int, k: int, *, bits: int, group_size: int, offset_kind: OffsetKind) -> int: ...
+def packed_nbytes(
+    m: int, k: int, *, bits: int, group_size: int, offset_kind: OffsetKind
+) -> int: ...
 def pack(
     codes: NDArray[np.uint8],
     scales: NDArray[np.float16],
@@ -69,6 +71,7 @@ class ThreadPool:
     @property
     def threads(self) -> int: ...
 
+def read_bandwidth(nbytes: int, pool: ThreadPool) -> float: ...
 def linear_forward(
     linear: Linear, x: NDArray[np.float32], pool: ThreadPool, *, tables: Tables
 ) -> NDArray[np.float32]: ...

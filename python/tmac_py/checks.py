@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tmac_py.errors import TmacError
+from tmac_py.errors import OptionError, TmacError
 
 
 def check_whole(
@@ -18,7 +18,7 @@ def check_whole(
     high: int | None = None,
     *,
     note: str = "",
-    error: type[TmacError] = TmacError,
+    error: type[TmacError] = OptionError,
 ) -> int:
     """``value`` if it is a whole number from ``low`` to ``high`` (None: without limit).
 
@@ -37,9 +37,9 @@ def check_whole(
 def check_real(
     name: str, value: Any, low: float, high: float, allowed: str, *, above_low: bool = False
 ) -> None:
-    """TmacError unless ``value`` is a finite number from ``low`` (or above it) to ``high``."""
+    """OptionError unless ``value`` is a finite number from ``low`` (or above it) to ``high``."""
     valid = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if valid:
         valid = math.isfinite(value) and low <= value <= high and not (above_low and value == low)
     if not valid:
-        raise TmacError(f"{name} is {value!r}; allowed: {allowed}")
+        raise OptionError(f"{name} is {value!r}; allowed: {allowed}")

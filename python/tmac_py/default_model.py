@@ -133,6 +133,18 @@ def ensure_model(
     return path
 
 
+def fetch_gguf(name: str, out: str | Path, *, progress: Progress | None = None) -> None:
+    """Write the GGUF file of a model in DEFAULT_MODELS to ``out``, for those who compare engines.
+
+    A file under that name is always whole. Raises like :func:`ensure_model`.
+    """
+    if name not in DEFAULT_MODELS:
+        raise DownloadError(f"no model is called {name!r} ({', '.join(DEFAULT_MODELS)})")
+    model, path, report = DEFAULT_MODELS[name], Path(out), progress or _no_progress
+    with _work_folder(path.parent, f"{path.name}.partial-", clean=False) as work:
+        _extract(model, _download(model, work, report), work, report).replace(path)
+
+
 def _no_progress(_phase: str, _done: int, _total: int) -> None:
     pass
 

@@ -1,8 +1,15 @@
-"""The exceptions this package raises on purpose; the command line turns each into one line and exit status 2."""
+"""The exceptions this package raises on purpose.
+
+The command line turns each into one line and exit status 2.
+"""
 
 
 class TmacError(Exception):
     """Base class: what went wrong, where, and what is allowed, in one line."""
+
+
+class OptionError(TmacError, ValueError):
+    """An argument or option is outside of what is allowed."""
 
 
 class ModelFileError(TmacError):
@@ -10,7 +17,7 @@ class ModelFileError(TmacError):
 
 
 class UnsupportedError(TmacError):
-    """A checkpoint is sound but uses an architecture, tensor type or option that is not supported."""
+    """A sound checkpoint uses an architecture, tensor type or option that is not supported."""
 
 
 class ContextError(TmacError):

@@ -10,7 +10,7 @@ from typing import Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tmac_py.errors import TmacError
+from tmac_py.errors import OptionError
 from tmac_py.sampling import Sampler
 from tmac_py.tokenizer import IncrementalDecoder
 
@@ -249,9 +249,9 @@ def _prefill(
 
 
 def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """One stop string or several as a tuple; TmacError for an empty one or one that is no text."""
+    """One or several stop strings as a tuple; OptionError for one that is empty or no text."""
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise TmacError(f"stop is {string!r}; allowed: texts of at least one character")
+            raise OptionError(f"stop is {string!r}; allowed: texts of at least one character")
     return strings

@@ -14,7 +14,7 @@ from tmac_py import _core
 from tmac_py.chat import ChatTemplate, Message, find_template
 from tmac_py.checks import check_whole
 from tmac_py.config import ModelConfig
-from tmac_py.errors import ContextError, ModelFileError, TmacError
+from tmac_py.errors import ContextError, ModelFileError, OptionError, TmacError
 from tmac_py.generate import PREFILL_CHUNK, Result, Token, check_stop, stream_tokens
 from tmac_py.lutfile import LutFile
 from tmac_py.machine import default_threads
@@ -79,7 +79,7 @@ class Model:
 
         Raises:
             ModelFileError: the file is missing, damaged, or of another version.
-            TmacError: an argument is not allowed.
+            OptionError: an argument is not allowed.
         """
         _check_threads(threads)
         _check_tables(tables)
@@ -147,8 +147,8 @@ class Model:
 
         Raises:
             ContextError: the cache has no room for so many.
-            TmacError: an id is outside the vocabulary, another thread uses the cache, or the model
-                is closed.
+            OptionError: an id is outside the vocabulary.
+            TmacError: another thread uses the cache, or the model is closed.
         """
         checked = self._check_ids(ids)
         if cache.pos + len(checked) > cache.n_ctx:
@@ -157,7 +157,7 @@ class Model:
                 f"and {cache.pos} are in use"
             )
         if logits not in ("last", "all"):
-            raise TmacError(f"logits is {logits!r}; allowed: 'last', 'all'")
+            raise OptionError(f"logits is {logits!r}; allowed: 'last', 'all'")
         try:
             out = self._open_decoder().forward(checked, cache, self._pool, logits=logits)
         except RuntimeError as error:  # another thread uses the cache
@@ -239,7 +239,8 @@ class Model:
 
         Raises:
             ContextError: the prompt leaves no room for an answer.
-            TmacError: an argument is not allowed, or the model is closed.
+            OptionError: an argument is not allowed.
+            TmacError: the model is closed.
         """
         params = SamplingParams(
             temperature=temperature,
@@ -256,7 +257,7 @@ class Model:
         max_tokens = _check_max_tokens(max_tokens)
         ids = self._prompt_ids(prompt)
         if cache is not None and n_ctx:
-            raise TmacError("n_ctx and cache exclude each other: a cache has its size")
+            raise OptionError("n_ctx and cache exclude each other: a cache has its size")
         size = cache.n_ctx if cache else self._fitting_n_ctx(len(ids), max_tokens, n_ctx)
         room = _room(size, cache.pos if cache else 0, len(ids), max_tokens)
         return stream_tokens(
@@ -347,14 +348,14 @@ class Model:
         try:
             array = np.asarray(ids)
         except ValueError as error:
-            raise TmacError("token ids must be a sequence of integers") from error
+            raise OptionError("token ids must be a sequence of integers") from error
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise TmacError("token ids must be a sequence of integers")
+            raise OptionError("token ids must be a sequence of integers")
         if not array.size:
-            raise TmacError("the prompt has no tokens")
+            raise OptionError("the prompt has no tokens")
         low, high = int(array.min()), int(array.max())
         if low < 0 or high >= self.config.vocab_size:
-            raise TmacError(
+            raise OptionError(
                 f"token id {low if low < 0 else high} is outside the vocabulary "
                 f"of {self.config.vocab_size}"
             )
@@ -397,7 +398,7 @@ def _check_threads(threads: int | None) -> int:
 
 def _check_tables(tables: Tables) -> Tables:
     if tables not in ("int8", "exact"):
-        raise TmacError(f"tables is {tables!r}; allowed: 'int8', 'exact'")
+        raise OptionError(f"tables is {tables!r}; allowed: 'int8', 'exact'")
     return tables
 
 

@@ -41,7 +41,7 @@ class SamplingParams:
         seed: the same seed gives the same tokens; None draws one.
 
     Raises:
-        TmacError: a value is not allowed; the text names it and what is.
+        OptionError: a value is not allowed; the text names it and what is.
     """
 
     temperature: float = 0.8
