@@ -26,6 +26,10 @@ void relax() {
 #endif
 }
 
+constexpr uint64_t claim_word(uint32_t phase, int64_t next) {
+  return (static_cast<uint64_t>(phase) << 32) | static_cast<uint64_t>(next);
+}
+
 }  // namespace
 
 void Event::advance() {
@@ -49,29 +53,29 @@ void Event::wait_past(uint32_t old, int spins) {
 }
 
 bool Team::claim(int64_t n, int64_t* begin, int64_t* end) {
-  int64_t at = pool_->next_.load(std::memory_order_relaxed);
-  int64_t size;
+  const int64_t threads = pool_->threads_;
+  uint64_t word = pool_->claims_.load(std::memory_order_acquire);
+  int64_t at, size;
   do {
-    if (at >= n) return false;
-    size = std::max<int64_t>(1, (n - at) / (2 * pool_->threads_));
-    if (pool_->threads_ == 1) size = n - at;
-  } while (!pool_->next_.compare_exchange_weak(at, at + size, std::memory_order_relaxed));
+    at = static_cast<int64_t>(word & 0xffffffffu);
+    if (static_cast<uint32_t>(word >> 32) != phase_ || at >= n) return false;
+    size = threads == 1 ? n : std::max<int64_t>(1, (n - at) / (2 * threads));
+  } while (!pool_->claims_.compare_exchange_weak(word, claim_word(phase_, at + size),
+                                                 std::memory_order_acq_rel));
   *begin = at;
   *end = at + size;
   return true;
 }
 
-void Team::barrier() {
+void Team::finish(int64_t n, int64_t count) {
   ThreadPool& pool = *pool_;
-  const uint32_t phase = pool.phase_.value();
-  if (pool.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == pool.threads_) {
-    pool.arrived_.store(0, std::memory_order_relaxed);
-    pool.next_.store(0, std::memory_order_relaxed);
-    pool.phase_.advance();
-  } else {
-    pool.phase_.wait_past(phase, kSpinsInJob);
-  }
+  if (pool.done_.fetch_add(count, std::memory_order_acq_rel) + count < n) return;
+  pool.done_.store(0, std::memory_order_relaxed);
+  pool.claims_.store(claim_word(phase_ + 1, 0), std::memory_order_release);
+  pool.phase_.advance();
 }
+
+void Team::wait_for_phase() { pool_->phase_.wait_past(phase_++, kSpinsInJob); }
 
 ThreadPool::ThreadPool(int threads) : threads_(threads) {
   check_argument(threads >= 1 && threads <= 1024, "threads must be 1 to 1024, not ", threads);
@@ -96,19 +100,29 @@ void ThreadPool::stop() {
 void ThreadPool::run(const std::function<void(Team&)>& job) {
   std::lock_guard<std::mutex> turn(turn_);
   job_ = &job;
+  first_phase_ = phase_.value();
+  open_ = true;
   if (threads_ > 1) started_.advance();
-  Team team(this, 0);
+  Team team(this, 0, first_phase_);
   job(team);
-  team.barrier();
+  // All phases are done. Whoever is inside only has to notice; nobody enters any more.
+  open_ = false;
+  while (inside_.load() != 0) std::this_thread::yield();
 }
 
 void ThreadPool::work(int thread) {
-  for (uint32_t seen = 0;; ++seen) {
+  uint32_t seen = 0;
+  for (;;) {
     started_.wait_past(seen, kSpinsBetweenJobs);
     if (stopping_) return;
-    Team team(this, thread);
-    (*job_)(team);
-    team.barrier();
+    seen = started_.value();
+    // Sequentially consistent with run(): it sees us inside, or we see the job closed.
+    inside_.fetch_add(1);
+    if (open_.load()) {
+      Team team(this, thread, first_phase_);
+      (*job_)(team);
+    }
+    inside_.fetch_sub(1);
   }
 }
 

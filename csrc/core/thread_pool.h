@@ -24,30 +24,41 @@ class Event {
   std::condition_variable wake_;
 };
 
-// What one thread sees of a running job.
+class ThreadPool;
+
+// What one thread sees of a running job: a series of phases, the same for every thread.
 class Team {
  public:
   int thread() const { return thread_; }
   int threads() const;
 
-  // Calls body(begin, end) over disjoint runs that cover [0, n), then waits for the whole team.
-  // Runs shrink as the work does (guided self-scheduling), so unequal cores finish together.
-  // Which thread takes which run is not determined; results must not depend on it.
+  // Calls body(begin, end) over disjoint runs that cover [0, n) and returns when all of them are
+  // done. Runs shrink as the work does (guided self-scheduling), so unequal cores finish
+  // together; a thread that the system has put aside is not waited for unless it holds a run, and
+  // skips the phases it missed. Which thread takes which run is not determined: results must not
+  // depend on it.
   template <typename Body>
   void parallel_for(int64_t n, const Body& body) {
+    if (n < 1) return;
     int64_t begin, end;
-    while (claim(n, &begin, &end)) body(begin, end);
-    barrier();
+    while (claim(n, &begin, &end)) {
+      body(begin, end);
+      finish(n, end - begin);
+    }
+    wait_for_phase();
   }
 
  private:
   friend class ThreadPool;
-  Team(class ThreadPool* pool, int thread) : pool_(pool), thread_(thread) {}
+  Team(ThreadPool* pool, int thread, uint32_t phase)
+      : pool_(pool), thread_(thread), phase_(phase) {}
   bool claim(int64_t n, int64_t* begin, int64_t* end);
-  void barrier();
+  void finish(int64_t n, int64_t count);
+  void wait_for_phase();
 
   ThreadPool* pool_;
   int thread_;
+  uint32_t phase_;  // the one this thread is in
 };
 
 // A fixed team of threads: the caller of run() and threads-1 workers. Callers queue up.
@@ -59,6 +70,7 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int threads() const { return threads_; }
+  // Runs job(team) in every thread that comes in time; the phases of the job are shared out.
   void run(const std::function<void(Team&)>& job);
 
  private:
@@ -68,12 +80,19 @@ class ThreadPool {
 
   const int threads_;
   std::mutex turn_;
+
+  // The job, its first phase, and whether workers may still enter it; how many are inside.
   const std::function<void(Team&)>* job_ = nullptr;
-  bool stopping_ = false;
+  uint32_t first_phase_ = 0;
+  std::atomic<bool> open_{false};
+  std::atomic<int> inside_{0};
+  std::atomic<bool> stopping_{false};
   Event started_;
-  Event phase_;
-  alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<int> arrived_{0};
+
+  // The phase under way: its number in the upper half, the next index to claim in the lower.
+  alignas(64) std::atomic<uint64_t> claims_{0};
+  alignas(64) std::atomic<int64_t> done_{0};  // indices finished
+  alignas(64) Event phase_;                   // its number
   std::vector<std::thread> workers_;
 };
 
