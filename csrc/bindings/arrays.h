@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <vector>
 
 #include "core/check.h"
 #include "layout/layout.h"
@@ -14,13 +15,18 @@ namespace py = pybind11;
 
 // Arrays as they are: a wrong dtype or order is an error, never a silent copy.
 template <typename T>
-const T* array_data(const py::array& array, const char* name, int64_t size, const char* dtype) {
-  check_argument(array.dtype().is(py::dtype(dtype)) ||
-                     array.dtype().equal(py::dtype(dtype)),
-                 name, " must be of dtype ", dtype, ", not ",
+const T* array_data(const py::array& array, const char* name, const std::vector<int64_t>& shape,
+                    const char* dtype) {
+  const auto text = [](const auto& sizes) {
+    std::string list;
+    for (const auto size : sizes) list += (list.empty() ? "" : ", ") + std::to_string(size);
+    return "[" + list + "]";
+  };
+  check_argument(array.dtype().equal(py::dtype(dtype)), name, " must be of dtype ", dtype, ", not ",
                  py::str(array.dtype()).cast<std::string>());
+  const std::vector<int64_t> found(array.shape(), array.shape() + array.ndim());
+  check_argument(found == shape, name, " must be ", text(shape), ", not ", text(found));
   check_argument((array.flags() & py::array::c_style) != 0, name, " must be C-contiguous");
-  check_argument(array.size() == size, name, " must hold ", size, " values, not ", array.size());
   return static_cast<const T*>(array.data());
 }
 

@@ -28,7 +28,7 @@ class WeightReader {
   const float* norm(const py::handle& object, const char* name, int64_t size) const {
     const auto array = object.cast<py::array>();
     keep_alive_->push_back(array);
-    return array_data<float>(array, name, size, "float32");
+    return array_data<float>(array, name, {size}, "float32");
   }
 
  private:
@@ -46,7 +46,7 @@ std::unique_ptr<PyDecoder> make_decoder(const py::object& embed_tokens, const py
   config.n_kv_heads = n_kv_heads;
   config.head_dim = head_dim;
   config.rms_norm_eps = rms_norm_eps;
-  const auto* frequencies = array_data<float>(inv_freq, "inv_freq", head_dim / 2, "float32");
+  const auto* frequencies = array_data<float>(inv_freq, "inv_freq", {head_dim / 2}, "float32");
   config.inv_freq.assign(frequencies, frequencies + head_dim / 2);
   config.rope_attention_scale = rope_attention_scale;
   config.sliding_window = sliding_window;
@@ -82,7 +82,7 @@ py::array_t<float> forward(PyDecoder& self, const py::array& ids, KvCache& cache
   check_argument(logits == "last" || logits == "all", "logits must be 'last' or 'all', not '",
                  logits, "'");
   const int64_t n = ids.size();
-  const auto* data = array_data<int32_t>(ids, "ids", n, "int32");
+  const auto* data = array_data<int32_t>(ids, "ids", {n}, "int32");
   const bool all = logits == "all";
   py::array_t<float> out({all ? n : 1, self.decoder->vocab()});
   float* rows = out.mutable_data();

@@ -13,9 +13,9 @@ py::array_t<uint8_t> pack_codes(const py::array& codes, const py::array& scales,
   check_argument(codes.ndim() == 2, "codes must be a matrix [m, k]");
   const LinearSpec spec =
       parse_spec(codes.shape(0), codes.shape(1), bits, group_size, offset_kind, 0);
-  const int64_t n_scales = spec.m * spec.n_groups();
-  const auto* code_data = array_data<uint8_t>(codes, "codes", spec.m * spec.k, "uint8");
-  const auto* scale_data = array_data<uint16_t>(scales, "scales", n_scales, "float16");
+  const std::vector<int64_t> per_group{spec.m, spec.n_groups()};
+  const auto* code_data = array_data<uint8_t>(codes, "codes", {spec.m, spec.k}, "uint8");
+  const auto* scale_data = array_data<uint16_t>(scales, "scales", per_group, "float16");
   const uint16_t* offset_data = nullptr;
   const bool wants_offsets = spec.offset_kind != OffsetKind::kNone;
   check_argument(offsets.is_none() != wants_offsets, "offset_kind '", offset_kind, "' goes with ",
@@ -23,7 +23,7 @@ py::array_t<uint8_t> pack_codes(const py::array& codes, const py::array& scales,
   py::array offset_array;
   if (wants_offsets) {
     offset_array = offsets.cast<py::array>();
-    offset_data = array_data<uint16_t>(offset_array, "offsets", n_scales, "float16");
+    offset_data = array_data<uint16_t>(offset_array, "offsets", per_group, "float16");
   }
   py::array_t<uint8_t> packed(spec.packed_bytes());
   uint8_t* out = packed.mutable_data();
@@ -39,7 +39,7 @@ py::array_t<uint8_t> pack_codes(const py::array& codes, const py::array& scales,
 py::tuple unpack_codes(const py::array& packed, int64_t m, int64_t k, int bits, int64_t group_size,
                        const std::string& offset_kind) {
   const LinearSpec spec = parse_spec(m, k, bits, group_size, offset_kind, 0);
-  const auto* data = array_data<uint8_t>(packed, "packed", spec.packed_bytes(), "uint8");
+  const auto* data = array_data<uint8_t>(packed, "packed", {spec.packed_bytes()}, "uint8");
   const py::dtype half("float16");
   py::array_t<uint8_t> codes({m, k});
   py::array scales(half, {m, spec.n_groups()});
@@ -62,7 +62,7 @@ py::array_t<float> forward(const PyLinear& self, const py::array& x, ThreadPool&
   check_argument(x.ndim() == 2 && x.shape(1) == spec.k && x.shape(0) >= 1, "x must be [n, ", spec.k,
                  "] with n at least 1");
   const int64_t n = x.shape(0);
-  const auto* data = array_data<float>(x, "x", n * spec.k, "float32");
+  const auto* data = array_data<float>(x, "x", {n, spec.k}, "float32");
   py::array_t<float> y({n, spec.m});
   float* out = y.mutable_data();
   py::gil_scoped_release release;
@@ -99,7 +99,7 @@ void bind_linear(py::module_& module) {
                        const std::string& offset_kind, float zero) {
              const LinearSpec spec = parse_spec(m, k, bits, group_size, offset_kind, zero);
              const auto* data =
-                 array_data<uint8_t>(packed, "packed", spec.packed_bytes(), "uint8");
+                 array_data<uint8_t>(packed, "packed", {spec.packed_bytes()}, "uint8");
              return std::make_shared<PyLinear>(PyLinear{{spec, data}, packed});
            }),
            "packed"_a, py::kw_only(), "m"_a, "k"_a, "bits"_a, "group_size"_a, "offset_kind"_a,
