@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,77 +12,171 @@ from tmac_py.quant import QuantTensor
 BLOCK = 16
 """Weights along k that share one table scale."""
 
+CHUNKS, TABLES = BLOCK // 8, BLOCK // 4
+"""Chunks of 8 weights and tables of 4 in a block."""
+
+INT8_MAX = 127
+"""The largest entry of an int8 table."""
+
 EXACT_MAX = 8128
 """Exact tables round a block's activations to integers of at most this magnitude."""
 
+U = 2.0**-24
+"""Largest relative error of one float32 operation."""
 
-def int8_lut(x: NDArray[np.float32]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Tables of one block x [16] -> entries [4, 16] int8-valued, and their scale."""
-    signs = np.array([[1 if e >> i & 1 else -1 for i in range(4)] for e in range(16)])
-    sums = x.reshape(4, 4).astype(np.float64) @ signs.T
-    limit = np.abs(x.reshape(4, 4)).astype(np.float64).sum(1).max()
-    if limit == 0:
-        return np.zeros((4, 16), np.int32), np.float32(0)
-    return np.rint(sums * (127 / limit)).astype(np.int32), np.float32(limit / 127)
+ENTRY_ERROR = INT8_MAX * 8 * U
+"""How far an int8 entry before rounding may lie from the true one: the largest |x0|+..+|x3| takes
+3 additions, 127 / that one division, an entry 2 levels of additions and one multiplication: 7 U
+relative to at most 127, and one U to spare."""
 
+ACTIVATION_ERROR = EXACT_MAX * 3 * U
+"""The same for an activation of exact tables: one division and one multiplication."""
 
-def quantised_activations(x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """What exact tables make of one block x [16]: integers times the block's scale."""
-    limit = np.abs(x).max().astype(np.float64)
-    if limit == 0:
-        return np.zeros(BLOCK)
-    return np.rint(x * (EXACT_MAX / limit)) * (limit / EXACT_MAX)
+SIGNS = np.array([[1 if e >> i & 1 else -1 for i in range(4)] for e in range(16)])
+"""Entry e of a table is the sum of +x[i] where bit i of e is set and -x[i] elsewhere."""
 
 
-def chunked(q: QuantTensor, x: NDArray[np.float32]) -> list[tuple[int, NDArray[np.int64]]]:
-    """The positions along k behind each chunk of 8: (group, indices [<= 8])."""
-    chunks = []
-    for group in range(q.n_groups):
-        begin = group * q.group_size
+@dataclass(frozen=True)
+class Product:
+    """y [m] = dequantised matrix times x, and what its float32 evaluation may differ by."""
+
+    y: NDArray[np.float64]
+    magnitude: NDArray[np.float64]
+    """Sum of the magnitudes of everything that is added up to y."""
+    undecided: NDArray[np.float64]
+    """How far y moves if each rounding of an entry that is too close to call goes the other way."""
+    integer_size: float
+    """For integer x, power-of-two scales and offsets that are multiples of them, partial sums are
+    multiples of a unit, and at most this many units large: below 2^24 float32 holds each exactly.
+    Infinite for other x."""
+    roundings: int
+    """Roundings, at most, that one term goes through on its way into y."""
+
+    @property
+    def tolerance(self) -> NDArray[np.float64]:
+        """Bound on |float32 result - y|.
+
+        A term that goes through N roundings is off by a factor of at most (1 + U)^N
+        <= 1 + N U / (1 - N U), in whatever order the terms are added (Higham, Accuracy and
+        Stability of Numerical Algorithms, section 3.1). Results below 2^-126 may lose up to
+        2^-149 in each rounding, and are multiplied with scales of at most 65504 < 2^16 afterwards.
+        """
+        gamma = self.roundings * U / (1 - self.roundings * U)
+        return self.undecided + gamma * (self.magnitude + self.undecided) + self.roundings * 2**-133
+
+
+def chunked(q: QuantTensor) -> tuple[NDArray[np.int64], list[int]]:
+    """Where the weights of a row go: positions [n_blocks, CHUNKS, 8] along k (k itself: padding),
+    and the first chunk of each group. A group starts a new chunk."""
+    chunks: list[NDArray[np.int64]] = []
+    first_of_group = []
+    for begin in range(0, q.k, q.group_size):
         end = min(q.k, begin + q.group_size)
-        chunks += [(group, np.arange(at, min(at + 8, end))) for at in range(begin, end, 8)]
-    return chunks
+        first_of_group.append(len(chunks))
+        chunks += [np.arange(at, at + 8) for at in range(begin, end, 8)]
+        chunks[-1][chunks[-1] >= end] = q.k
+    while len(chunks) % CHUNKS:
+        chunks.append(np.full(8, q.k))
+    return np.array(chunks).reshape(-1, CHUNKS, 8), first_of_group
+
+
+def table_limits(x: NDArray[np.float64], tables: str) -> NDArray[np.float64]:
+    """What sets the scale of each block of x [n_blocks, TABLES, 4]: the largest entry, or for exact
+    tables the largest |x|."""
+    sizes = np.abs(x).sum(2) if tables == "int8" else np.abs(x).max(2)
+    limits: NDArray[np.float64] = sizes.max(1)
+    return limits
+
+
+def product(q: QuantTensor, x: NDArray[np.float32], tables: str) -> Product:
+    """Dequantised q [m, k] times x [k], with the arithmetic of the named tables.
+
+    What the core does in float32 is done in float64 here. docs/kernels.md describes the algorithm.
+    """
+    positions, first_of_group = chunked(q)
+    n_blocks = len(positions)
+    codes = np.pad(q.codes, ((0, 0), (0, 1)))[:, positions].reshape(q.m, n_blocks, TABLES, 4)
+    values = np.append(x.astype(np.float64), 0.0)[positions].reshape(n_blocks, TABLES, 4)
+    half = (2**q.bits - 1) / 2
+
+    largest = INT8_MAX if tables == "int8" else EXACT_MAX
+    limits = table_limits(values, tables)
+    values[limits < largest * 2.0**-120] = 0  # the inverse of the scale would overflow
+    limits[limits < largest * 2.0**-120] = 1
+    scales = limits / largest
+
+    # For each row, block and table: sum of (code - half) * x; and of x for the rest of the code.
+    if tables == "int8":
+        entries = values @ SIGNS.T / scales[:, None, None]  # [n_blocks, TABLES, 16]
+        close = np.abs(entries - np.floor(entries) - 0.5) < ENTRY_ERROR
+        sums = look_up(np.rint(entries), codes, q.bits) * scales[:, None]
+        slack = look_up(close.astype(np.float64), codes, q.bits) * scales[:, None]
+        x_slack = np.zeros((n_blocks, TABLES))
+    else:
+        steps = values / scales[:, None, None]
+        near = np.abs(steps - np.floor(steps) - 0.5) < ACTIVATION_ERROR
+        values = np.rint(steps) * scales[:, None, None]
+        sums = ((codes - half) * values).sum(3)
+        slack = (np.abs(codes - half) * near).sum(3) * scales[:, None]
+        x_slack = near.sum(2) * scales[:, None]
+
+    def per_group(tables_of: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[..., n_blocks, TABLES] -> [..., n_groups]"""
+        chunks = tables_of.reshape(*tables_of.shape[:-2], n_blocks * CHUNKS, 2).sum(-1)
+        total: NDArray[np.float64] = np.add.reduceat(chunks, first_of_group, axis=-1)
+        return total
+
+    # y = sum over groups of  scale * sums + shift * (sum of x)
+    s = q.scales.astype(np.float64)
+    offsets = np.zeros_like(s) if q.offsets is None else q.offsets.astype(np.float64)
+    if q.offset_kind == "none":
+        shift, shift_magnitude = s * (half - q.zero), np.abs(s * (half - q.zero))
+    elif q.offset_kind == "zero":
+        shift, shift_magnitude = s * (half - offsets), np.abs(s) * (half + np.abs(offsets))
+    else:
+        shift, shift_magnitude = s * half + offsets, np.abs(s) * half + np.abs(offsets)
+    looked_up = np.abs(s) * per_group(np.abs(sums))
+    x_sizes = per_group(np.abs(values).sum(2))
+    partial_sums = (looked_up + np.abs(shift) * x_sizes).sum(1)
+    unit = smallest_unit(sums, values, s)
+    return Product(
+        y=(s * per_group(sums) + shift * per_group(values.sum(2))).sum(1),
+        magnitude=(looked_up + shift_magnitude * x_sizes).sum(1),
+        undecided=(np.abs(s) * per_group(slack) + np.abs(shift) * per_group(x_slack)).sum(1),
+        integer_size=float(
+            np.divide(partial_sums, unit, out=np.full(q.m, np.inf), where=unit > 0).max()
+        ),
+        # Within a block: 7 for a sum of 8 activations, 6 for the scale, 11 to convert, scale, shift
+        # and add an offset; then one addition for each chunk and each group of the row.
+        roundings=24 + CHUNKS * n_blocks + q.n_groups,
+    )
+
+
+def look_up(
+    entries: NDArray[np.float64], codes: NDArray[np.uint8], bits: int
+) -> NDArray[np.float64]:
+    """Sum over planes p of 2^(p-1) * entry: entries [n_blocks, TABLES, 16] and codes
+    [m, n_blocks, TABLES, 4] -> [m, n_blocks, TABLES]."""
+    block, table = np.indices(entries.shape[:2])
+    sums = np.zeros(codes.shape[:3])
+    for plane in range(bits):
+        index = (codes >> plane & 1) @ np.array([1, 2, 4, 8], np.uint8)
+        sums += 2.0 ** (plane - 1) * entries[block, table, index]
+    return sums
+
+
+def smallest_unit(
+    sums: NDArray[np.float64], values: NDArray[np.float64], scales: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """What integer terms are multiples of: half of what divides all doubled sums and all x, times
+    the row's smallest scale [m]. 0 if x are not integers below 2^32."""
+    if (np.abs(values) >= 2.0**32).any() or (values != np.rint(values)).any():
+        return np.zeros(len(scales))
+    divisor = np.gcd.reduce(np.append(2 * sums, values).astype(np.int64), initial=0)
+    unit: NDArray[np.float64] = max(int(divisor), 1) / 2 * np.abs(scales).min(1)
+    return unit
 
 
 def multiply(q: QuantTensor, x: NDArray[np.float32], tables: str) -> NDArray[np.float64]:
-    """y [m] = dequantised q [m, k] times x [k], with the arithmetic of the named tables.
-
-    Follows docs/kernels.md: chunks of 8 weights, blocks of 2 chunks, one table scale a block.
-    Everything that the core does in float32 is done in float64 here.
-    """
-    chunks = chunked(q, x)
-    y = np.zeros(q.m)
-    half = (2**q.bits - 1) / 2
-    looked_up = np.zeros((q.m, q.n_groups))
-    x_sums = np.zeros(q.n_groups)
-    for start in range(0, len(chunks), 2):
-        block = chunks[start : start + 2]
-        values = np.zeros(BLOCK, np.float32)
-        codes = np.zeros((q.m, BLOCK), np.int64)
-        for i, (_, at) in enumerate(block):
-            values[8 * i : 8 * i + at.size] = x[at]
-            codes[:, 8 * i : 8 * i + at.size] = q.codes[:, at]
-        entries, scale = int8_lut(values)
-        exact = quantised_activations(values)
-        for i, (group, at) in enumerate(block):
-            eight = slice(8 * i, 8 * i + 8)
-            if tables == "exact":
-                sums = (codes[:, eight] - half) @ exact[eight]
-                x_sums[group] += exact[eight].sum()
-            else:
-                sums = np.zeros(q.m)
-                for t in (2 * i, 2 * i + 1):
-                    four = codes[:, 4 * t : 4 * t + 4]
-                    for plane in range(q.bits):
-                        index = (four >> plane & 1) @ np.array([1, 2, 4, 8])
-                        sums += 2.0 ** (plane - 1) * entries[t][index]
-                sums *= float(scale)
-                x_sums[group] += x[at].astype(np.float64).sum()
-            looked_up[:, group] += sums
-    scales = q.scales.astype(np.float64)
-    if q.offset_kind == "none":
-        return (scales * (looked_up + (half - q.zero) * x_sums)).sum(1)
-    stored = q.offsets.astype(np.float64)
-    if q.offset_kind == "zero":
-        return (scales * (looked_up + (half - stored) * x_sums)).sum(1)
-    return (scales * (looked_up + half * x_sums) + stored * x_sums).sum(1)
+    """y [m] of `product`."""
+    return product(q, x, tables).y
