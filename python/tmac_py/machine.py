@@ -1,12 +1,10 @@
-"""What this computer is: cores a process may use, CPU name, memory, compiler."""
+"""What this computer is: cores a process may use, CPU name, memory."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,21 +101,6 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     if name is None and part:
         name = f"implementer {fields.get('CPU implementer', '?')}, part {part}"
     return " ".join((name or platform.processor() or platform.machine() or "unknown").split())
-
-
-def compiler() -> str | None:
-    """First line of ``--version`` of the C++ compiler that a build would use, None without one."""
-    for command in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if command and (program := shutil.which(command)):
-            try:
-                result = subprocess.run(
-                    [program, "--version"], capture_output=True, text=True, timeout=10, check=True
-                )
-            except (OSError, subprocess.SubprocessError):
-                continue
-            if lines := result.stdout.splitlines():
-                return lines[0].strip()
-    return None
 
 
 def _cgroup_folders(proc: Path, controller: str) -> Iterator[Path]:

@@ -43,7 +43,7 @@ def collect() -> dict[str, Any]:
         "default_threads": machine.default_threads(),
         "memory_bytes": total,
         "available_memory_bytes": available,
-        "compiler": machine.compiler(),
+        "compiler": _core.compiler,
         "isas": [dict(isa) for isa in _core.isas()],
         "cache": str(cache_folder()),
         "models": {
@@ -73,7 +73,7 @@ def _report(info: dict[str, Any]) -> str:
         ("cores", f"{info['physical_cores']} physical, {info['usable_cpus']} logical{allowed}"),
         ("threads", f"{info['default_threads']} by default (-t)"),
         ("memory", memory),
-        ("compiler", info["compiler"] or "none found (needed only to build from source)"),
+        ("built by", info["compiler"]),
         ("cache", info["cache"]),
     ]
     for name, model in info["models"].items():
