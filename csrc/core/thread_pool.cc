@@ -114,8 +114,8 @@ void ThreadPool::work(int thread) {
   uint32_t seen = 0;
   for (;;) {
     started_.wait_past(seen, kSpinsBetweenJobs);
+    seen = started_.value();  // before looking at stopping_: stop() sets that before it advances
     if (stopping_) return;
-    seen = started_.value();
     // Sequentially consistent with run(): it sees us inside, or we see the job closed.
     inside_.fetch_add(1);
     if (open_.load()) {
