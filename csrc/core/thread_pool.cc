@@ -106,7 +106,7 @@ void ThreadPool::run(const std::function<void(Team&)>& job) {
   Team team(this, 0, first_phase_);
   job(team);
   // All phases are done. Whoever is inside only has to notice; nobody enters any more.
-  open_ = false;
+  open_.exchange(false);  // not a plain store: emulators of Arm let the load below pass one
   while (inside_.load() != 0) std::this_thread::yield();
 }
 
