@@ -19,29 +19,19 @@ class AlignedBuffer {
   AlignedBuffer() = default;
   explicit AlignedBuffer(int64_t size)
       : data_(static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(size),
-                                             std::align_val_t{kAlignment}))),
-        size_(size) {}
-  AlignedBuffer(AlignedBuffer&& other) noexcept { swap(other); }
+                                             std::align_val_t{kAlignment}))) {}
+  AlignedBuffer(AlignedBuffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
-    swap(other);
+    std::swap(data_, other.data_);
     return *this;
   }
   ~AlignedBuffer() { ::operator delete(data_, std::align_val_t{kAlignment}); }
 
   T* data() { return data_; }
   const T* data() const { return data_; }
-  T& operator[](int64_t i) { return data_[i]; }
-  const T& operator[](int64_t i) const { return data_[i]; }
-  int64_t size() const { return size_; }
 
  private:
-  void swap(AlignedBuffer& other) {
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-  }
-
   T* data_ = nullptr;
-  int64_t size_ = 0;
 };
 
 }  // namespace tmac

@@ -1,8 +1,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <sstream>
+#include <stdexcept>
 
-#include "core/check.h"
 #include "core/cpu.h"
 #include "kernels/isa_list.h"  // written by CMake from its list of ISAs
 #include "kernels/kernels.h"
@@ -49,23 +49,22 @@ const Row& find_usable(const std::string& name, const char* what) {
     if (name == row.name) return row;
     choices += (choices.empty() ? "" : ", ") + std::string(row.name);
   }
-  check_argument(false, what, " '", name, "' is not an instruction set that runs here; choose from ",
-                 choices);
-  std::abort();  // check_argument has thrown
+  throw std::invalid_argument(std::string(what) + " '" + name +
+                              "' is not an instruction set that runs here; choose from " + choices);
 }
 
-bool forced_by_environment() {
-  const char* name = std::getenv("TMAC_ISA");
-  return name != nullptr && *name != '\0';
-}
-
-const Row& first_choice() {
-  if (forced_by_environment()) return find_usable(std::getenv("TMAC_ISA"), "TMAC_ISA:");
+const Row& best_usable() {
   const Row* best = nullptr;
   for (const Row& row : kRows) {
     if (usable(row)) best = &row;
   }
   return *best;  // the scalar row needs nothing
+}
+
+const Row& first_choice() {
+  const char* name = std::getenv("TMAC_ISA");
+  const bool forced = name != nullptr && *name != '\0';
+  return forced ? find_usable(name, "TMAC_ISA:") : best_usable();
 }
 
 std::atomic<const Row*> active{nullptr};
@@ -94,8 +93,8 @@ std::vector<IsaInfo> isas() {
     info.reason = !info.built              ? "not built for this architecture"
                   : !info.usable           ? "this CPU or its system lacks " + missing
                   : !info.active           ? "usable"
-                  : forced_by_environment() ? "set by TMAC_ISA or by the program"
-                                           : "the best that runs here";
+                  : &row == &best_usable() ? "the best that runs here"
+                                           : "chosen by TMAC_ISA or by the program";
     rows.push_back(info);
   }
   return rows;

@@ -12,10 +12,6 @@
 namespace tmac {
 namespace {
 
-// Tokens that pass through the layers together: their tables stay in the second-level cache while
-// a layer's weights stream past once.
-constexpr int64_t kTokensAtOnce = 32;
-
 void check_shape(const std::string& name, const Linear& w, int64_t m, int64_t k) {
   check_argument(w.spec.m == m && w.spec.k == k, name, " must be [", m, ", ", k, "], not [",
                  w.spec.m, ", ", w.spec.k, "]");
@@ -193,7 +189,7 @@ struct Decoder::Pass {
         if (build_now) a.luts.build_range(o_plan, t, at, at + head_dim, out);
       }
     });
-    if (!build_now) build_all(o_plan, a.luts, a.attended.data(), q_width);
+    if (!build_now) build_luts(team, o_plan, a.luts, n, a.attended.data(), q_width);
   }
 
   // Tables of silu(gate . x) * (up . x).
@@ -214,17 +210,9 @@ struct Decoder::Pass {
         }
       }
     });
-    if (!plans.down.contiguous()) build_all(plans.down, a.down_luts, a.gate.data(), width);
-  }
-
-  // Tables of x [n, width].
-  void build_all(const LutPlan& plan, Luts& luts, const float* x, int64_t width) {
-    team.parallel_for(n * plan.n_spans(), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t t = i / plan.n_spans();
-        luts.build(plan, t, i % plan.n_spans(), x + t * width);
-      }
-    });
+    if (!plans.down.contiguous()) {
+      build_luts(team, plans.down, a.down_luts, n, a.gate.data(), width);
+    }
   }
 };
 

@@ -25,18 +25,12 @@ void multiply_tiles(const Linear& w, Luts& luts, int64_t first_span, int64_t n_t
 
 void linear_forward(const Linear& w, Tables tables, const float* x, int64_t n, float* y,
                     ThreadPool& pool) {
-  constexpr int64_t kTokensAtOnce = 32;  // their tables stay in the second-level cache
   const LutPlan plan({w.spec});
   Luts luts(tables, plan.n_spans(), std::min(n, kTokensAtOnce));
   pool.run([&](Team& team) {
     for (int64_t first = 0; first < n; first += kTokensAtOnce) {
       const int64_t tokens = std::min(kTokensAtOnce, n - first);
-      team.parallel_for(tokens * plan.n_spans(), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t token = i / plan.n_spans();
-          luts.build(plan, token, i % plan.n_spans(), x + (first + token) * w.spec.k);
-        }
-      });
+      build_luts(team, plan, luts, tokens, x + first * w.spec.k, w.spec.k);
       team.parallel_for(w.spec.n_tiles(), [&](int64_t begin, int64_t end) {
         multiply_tiles(w, luts, plan.first_span(0), tokens, begin, end, y + first * w.spec.m,
                        w.spec.m);

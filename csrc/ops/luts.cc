@@ -11,10 +11,9 @@ void gather(const LutShape& shape, int64_t span, const float* x, float* out) {
   std::memset(out, 0, sizeof(float) * kSpanWeights);
   const int64_t group_size = shape.contiguous() ? shape.k : shape.group_size;
   const int64_t group_chunks = ceil_div(group_size, kChunkWeights);
-  const int64_t n_chunks = shape.n_chunks();
   for (int64_t i = 0; i < kSpanChunks; ++i) {
     const int64_t chunk = span * kSpanChunks + i;
-    if (chunk >= n_chunks) return;
+    if (chunk >= shape.n_chunks) return;
     const int64_t group = chunk / group_chunks;
     const int64_t begin = group * group_size + chunk % group_chunks * kChunkWeights;
     const int64_t end = std::min(shape.k, (group + 1) * group_size);
@@ -24,13 +23,6 @@ void gather(const LutShape& shape, int64_t span, const float* x, float* out) {
 }
 
 }  // namespace
-
-int64_t LutShape::n_chunks() const {
-  if (contiguous()) return ceil_div(k, kChunkWeights);
-  const int64_t whole_groups = ceil_div(k, group_size) - 1;
-  return whole_groups * ceil_div(group_size, kChunkWeights) +
-         ceil_div(k - whole_groups * group_size, kChunkWeights);
-}
 
 LutPlan::LutPlan(std::initializer_list<LinearSpec> readers) {
   for (const LinearSpec& spec : readers) {
@@ -77,6 +69,16 @@ void Luts::build_range(const LutPlan& plan, int64_t token, int64_t begin, int64_
   for (int64_t b = begin / kSpanWeights; b < ceil_div(end, kSpanWeights); ++b) {
     build(plan, token, b, x);
   }
+}
+
+void build_luts(Team& team, const LutPlan& plan, Luts& luts, int64_t n_tokens, const float* x,
+                int64_t stride) {
+  const int64_t n_spans = plan.n_spans();
+  team.parallel_for(n_tokens * n_spans, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      luts.build(plan, i / n_spans, i % n_spans, x + i / n_spans * stride);
+    }
+  });
 }
 
 }  // namespace tmac

@@ -5,21 +5,29 @@
 #include <vector>
 
 #include "core/aligned.h"
+#include "core/thread_pool.h"
 #include "kernels/kernels.h"
 
 namespace tmac {
+
+// Tokens whose tables are built and read together: they stay in the second-level cache while the
+// weights stream past once.
+constexpr int64_t kTokensAtOnce = 32;
 
 // How a matrix wants its input cut into chunks. Matrices of equal shape can share their tables.
 struct LutShape {
   int64_t k = 0;
   int64_t group_size = 0;  // 0: chunk c is weights 8c..8c+7; else each group starts a new chunk
 
+  int64_t n_chunks = 0;
+
   explicit LutShape(const LinearSpec& spec)
-      : k(spec.k), group_size(spec.contiguous_chunks() ? 0 : spec.group_size) {}
+      : k(spec.k),
+        group_size(spec.contiguous_chunks() ? 0 : spec.group_size),
+        n_chunks(spec.n_chunks()) {}
   bool operator==(const LutShape& o) const { return k == o.k && group_size == o.group_size; }
   bool contiguous() const { return group_size == 0; }
-  int64_t n_chunks() const;
-  int64_t n_spans() const { return ceil_div(n_chunks(), kSpanChunks); }
+  int64_t n_spans() const { return ceil_div(n_chunks, kSpanChunks); }
 };
 
 // The tables that the readers of one activation vector need: one set for each distinct shape.
@@ -64,5 +72,9 @@ class Luts {
   AlignedBuffer<float> chunk_sum_;   // [max_tokens, max_spans, 4]
   AlignedBuffer<float> block_sum_;   // [max_tokens, max_spans, 2]
 };
+
+// All tables of x [n_tokens, k], rows `stride` apart, shared out over the team.
+void build_luts(Team& team, const LutPlan& plan, Luts& luts, int64_t n_tokens, const float* x,
+                int64_t stride);
 
 }  // namespace tmac

@@ -106,7 +106,6 @@ struct Avx512 {
   static float sum(F a) {
     return Avx2::sum(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
   }
-  static float max_of(F a) { return _mm512_reduce_max_ps(a); }
 
   static void prefetch(const uint8_t* p) { Avx2::prefetch(p); }
   static void write_tables(const int32_t (*entries)[8], int8_t* out, int64_t stride) {

@@ -102,7 +102,6 @@ struct Neon {
     const float32x2_t pairs = vadd_f32(vget_low_f32(a), vget_high_f32(a));
     return vget_lane_f32(pairs, 0) + vget_lane_f32(pairs, 1);
   }
-  static float max_of(F a) { return vmaxvq_f32(a); }
 
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 

@@ -152,10 +152,6 @@ struct Scalar {
     return a;
   }
   static float sum(const F& a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
-  static float max_of(const F& a) {
-    const F b = max(a, F{{a.v[2], a.v[3], a.v[0], a.v[1]}});
-    return b.v[0] > b.v[1] ? b.v[0] : b.v[1];
-  }
 
   static void prefetch(const uint8_t*) {}
 
