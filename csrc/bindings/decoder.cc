@@ -83,11 +83,12 @@ py::array_t<float> forward(PyDecoder& self, const py::array& ids, KvCache& cache
                  logits, "'");
   const int64_t n = ids.size();
   const auto* data = array_data<int32_t>(ids, "ids", {n}, "int32");
+  const std::vector<int32_t> own(data, data + n);  // what is checked must not change afterwards
   const bool all = logits == "all";
   py::array_t<float> out({all ? n : 1, self.decoder->vocab()});
   float* rows = out.mutable_data();
   py::gil_scoped_release release;
-  self.decoder->forward(data, n, all, cache, pool, rows);
+  self.decoder->forward(own.data(), n, all, cache, pool, rows);
   return out;
 }
 

@@ -1,5 +1,7 @@
 #include "core/thread_pool.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <string>
 #include <system_error>
@@ -32,6 +34,21 @@ constexpr uint64_t claim_word(uint32_t phase, int64_t next) {
 
 }  // namespace
 
+struct Team::Shared {
+  // The job, its first phase, and whether workers may still enter it; how many are inside.
+  const std::function<void(Team&)>* job = nullptr;
+  uint32_t first_phase = 0;
+  std::atomic<bool> open{false};
+  std::atomic<int> inside{0};
+  std::atomic<bool> stopping{false};
+  Event started;
+
+  // The phase under way: its number in the upper half, the next index to claim in the lower.
+  alignas(64) std::atomic<uint64_t> claims{0};
+  alignas(64) std::atomic<int64_t> done{0};  // indices finished
+  alignas(64) Event phase;                   // its number
+};
+
 void Event::advance() {
   value_.fetch_add(1);
   // Sequentially consistent with wait_past: either we see the parked thread, or it sees the value.
@@ -53,31 +70,30 @@ void Event::wait_past(uint32_t old, int spins) {
 }
 
 bool Team::claim(int64_t n, int64_t* begin, int64_t* end) {
-  const int64_t threads = pool_->threads_;
-  uint64_t word = pool_->claims_.load(std::memory_order_acquire);
+  uint64_t word = shared_->claims.load(std::memory_order_acquire);
   int64_t at, size;
   do {
     at = static_cast<int64_t>(word & 0xffffffffu);
     if (static_cast<uint32_t>(word >> 32) != phase_ || at >= n) return false;
-    size = threads == 1 ? n : std::max<int64_t>(1, (n - at) / (2 * threads));
-  } while (!pool_->claims_.compare_exchange_weak(word, claim_word(phase_, at + size),
-                                                 std::memory_order_acq_rel));
+    size = threads_ == 1 ? n : std::max<int64_t>(1, (n - at) / (2 * threads_));
+  } while (!shared_->claims.compare_exchange_weak(word, claim_word(phase_, at + size),
+                                                  std::memory_order_acq_rel));
   *begin = at;
   *end = at + size;
   return true;
 }
 
 void Team::finish(int64_t n, int64_t count) {
-  ThreadPool& pool = *pool_;
-  if (pool.done_.fetch_add(count, std::memory_order_acq_rel) + count < n) return;
-  pool.done_.store(0, std::memory_order_relaxed);
-  pool.claims_.store(claim_word(phase_ + 1, 0), std::memory_order_release);
-  pool.phase_.advance();
+  if (shared_->done.fetch_add(count, std::memory_order_acq_rel) + count < n) return;
+  shared_->done.store(0, std::memory_order_relaxed);
+  shared_->claims.store(claim_word(phase_ + 1, 0), std::memory_order_release);
+  shared_->phase.advance();
 }
 
-void Team::wait_for_phase() { pool_->phase_.wait_past(phase_++, kSpinsInJob); }
+void Team::wait_for_phase() { shared_->phase.wait_past(phase_++, kSpinsInJob); }
 
-ThreadPool::ThreadPool(int threads) : threads_(threads) {
+ThreadPool::ThreadPool(int threads)
+    : threads_(threads), process_(getpid()), shared_(std::make_unique<Team::Shared>()) {
   check_argument(threads >= 1 && threads <= 1024, "threads must be 1 to 1024, not ", threads);
   workers_.reserve(static_cast<size_t>(threads - 1));
   try {
@@ -89,40 +105,50 @@ ThreadPool::ThreadPool(int threads) : threads_(threads) {
   }
 }
 
-ThreadPool::~ThreadPool() { stop(); }
+ThreadPool::~ThreadPool() {
+  if (getpid() == process_) {
+    stop();
+    return;
+  }
+  // A forked child: nobody is there to join, and what the workers waited on still counts them.
+  for (std::thread& worker : workers_) worker.detach();
+  shared_.release();
+}
 
 void ThreadPool::stop() {
-  stopping_ = true;
-  started_.advance();
+  shared_->stopping = true;
+  shared_->started.advance();
   for (std::thread& worker : workers_) worker.join();
 }
 
 void ThreadPool::run(const std::function<void(Team&)>& job) {
   std::lock_guard<std::mutex> turn(turn_);
-  job_ = &job;
-  first_phase_ = phase_.value();
-  open_ = true;
-  if (threads_ > 1) started_.advance();
-  Team team(this, 0, first_phase_);
+  Team::Shared& s = *shared_;
+  s.job = &job;
+  s.first_phase = s.phase.value();
+  s.open = true;
+  if (threads_ > 1) s.started.advance();
+  Team team(&s, 0, threads_, s.first_phase);
   job(team);
   // All phases are done. Whoever is inside only has to notice; nobody enters any more.
-  open_.exchange(false);  // not a plain store: emulators of Arm let the load below pass one
-  while (inside_.load() != 0) std::this_thread::yield();
+  s.open.exchange(false);  // not a plain store: emulators of Arm let the load below pass one
+  while (s.inside.load() != 0) std::this_thread::yield();
 }
 
 void ThreadPool::work(int thread) {
+  Team::Shared& s = *shared_;
   uint32_t seen = 0;
   for (;;) {
-    started_.wait_past(seen, kSpinsBetweenJobs);
-    seen = started_.value();  // before looking at stopping_: stop() sets that before it advances
-    if (stopping_) return;
+    s.started.wait_past(seen, kSpinsBetweenJobs);
+    seen = s.started.value();  // before looking at stopping: stop() sets that before it advances
+    if (s.stopping) return;
     // Sequentially consistent with run(): it sees us inside, or we see the job closed.
-    inside_.fetch_add(1);
-    if (open_.load()) {
-      Team team(this, thread, first_phase_);
-      (*job_)(team);
+    s.inside.fetch_add(1);
+    if (s.open.load()) {
+      Team team(&s, thread, threads_, s.first_phase);
+      (*s.job)(team);
     }
-    inside_.fetch_sub(1);
+    s.inside.fetch_sub(1);
   }
 }
 

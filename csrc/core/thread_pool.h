@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -24,19 +25,17 @@ class Event {
   std::condition_variable wake_;
 };
 
-class ThreadPool;
-
 // What one thread sees of a running job: a series of phases, the same for every thread.
 class Team {
  public:
   int thread() const { return thread_; }
-  int threads() const;
+  int threads() const { return threads_; }
 
   // Calls body(begin, end) over disjoint runs that cover [0, n) and returns when all of them are
-  // done. Runs shrink as the work does (guided self-scheduling), so unequal cores finish
-  // together; a thread that the system has put aside is not waited for unless it holds a run, and
-  // skips the phases it missed. Which thread takes which run is not determined: results must not
-  // depend on it.
+  // done. Runs shrink as the work does (guided self-scheduling), so unequal cores finish together;
+  // a thread that the system has put aside is not waited for unless it holds a run, and skips the
+  // phases it missed. Which thread takes which run is not determined: results must not depend on
+  // it. The body must not throw.
   template <typename Body>
   void parallel_for(int64_t n, const Body& body) {
     if (n < 1) return;
@@ -50,18 +49,20 @@ class Team {
 
  private:
   friend class ThreadPool;
-  Team(ThreadPool* pool, int thread, uint32_t phase)
-      : pool_(pool), thread_(thread), phase_(phase) {}
+  struct Shared;
+  Team(Shared* shared, int thread, int threads, uint32_t phase)
+      : shared_(shared), thread_(thread), threads_(threads), phase_(phase) {}
   bool claim(int64_t n, int64_t* begin, int64_t* end);
   void finish(int64_t n, int64_t count);
   void wait_for_phase();
 
-  ThreadPool* pool_;
-  int thread_;
+  Shared* shared_;
+  int thread_, threads_;
   uint32_t phase_;  // the one this thread is in
 };
 
-// A fixed team of threads: the caller of run() and threads-1 workers. Callers queue up.
+// A fixed team of threads: the caller of run() and threads-1 workers. Callers queue up. In a forked
+// child, which has no workers, the caller does all of the work.
 class ThreadPool {
  public:
   explicit ThreadPool(int threads);
@@ -70,32 +71,19 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int threads() const { return threads_; }
-  // Runs job(team) in every thread that comes in time; the phases of the job are shared out.
+  // Runs job(team) in every thread that comes in time; the phases of the job are shared out. The
+  // job must not throw.
   void run(const std::function<void(Team&)>& job);
 
  private:
-  friend class Team;
   void work(int thread);
   void stop();
 
   const int threads_;
+  const int64_t process_;
   std::mutex turn_;
-
-  // The job, its first phase, and whether workers may still enter it; how many are inside.
-  const std::function<void(Team&)>* job_ = nullptr;
-  uint32_t first_phase_ = 0;
-  std::atomic<bool> open_{false};
-  std::atomic<int> inside_{0};
-  std::atomic<bool> stopping_{false};
-  Event started_;
-
-  // The phase under way: its number in the upper half, the next index to claim in the lower.
-  alignas(64) std::atomic<uint64_t> claims_{0};
-  alignas(64) std::atomic<int64_t> done_{0};  // indices finished
-  alignas(64) Event phase_;                   // its number
+  std::unique_ptr<Team::Shared> shared_;
   std::vector<std::thread> workers_;
 };
-
-inline int Team::threads() const { return pool_->threads_; }
 
 }  // namespace tmac

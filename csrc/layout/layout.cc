@@ -42,8 +42,11 @@ int64_t plane_byte(int bits, int64_t r, int p) {
 
 void check_spec(const LinearSpec& spec) {
   constexpr int64_t kMaxSide = int64_t{1} << 31;
+  constexpr int64_t kMaxWeights = int64_t{1} << 48;  // sizes in bytes stay far below 2^63
   check_argument(spec.m >= 1 && spec.m < kMaxSide, "m must be 1 to 2^31 - 1, not ", spec.m);
   check_argument(spec.k >= 1 && spec.k < kMaxSide, "k must be 1 to 2^31 - 1, not ", spec.k);
+  check_argument(spec.m <= kMaxWeights / spec.k, "a matrix [", spec.m, ", ", spec.k,
+                 "] has more than 2^48 weights");
   check_argument(spec.bits >= 1 && spec.bits <= kMaxBits, "bits must be 1 to 8, not ", spec.bits);
   check_argument(
       spec.group_size == spec.k || (spec.group_size >= 4 && spec.group_size < kMaxSide &&

@@ -256,6 +256,7 @@ std::unique_ptr<Activations> Decoder::take_activations(int64_t tokens, int threa
 
 void Decoder::forward(const int32_t* ids, int64_t n, bool all, KvCache& cache, ThreadPool& pool,
                       float* logits) {
+  kernels();  // throws, if it must, before the threads set out
   KvCache::Use use(cache);
   check_argument(cache.n_layers() == static_cast<int64_t>(weights_.layers.size()) &&
                      cache.n_kv_heads() == config_.n_kv_heads &&

@@ -46,7 +46,7 @@ class KvCache {
   }
 
   const int64_t n_layers_, n_kv_heads_, head_dim_, n_ctx_;
-  int64_t pos_ = 0;
+  std::atomic<int64_t> pos_{0};
   uint16_t* data_ = nullptr;
   std::atomic_flag in_use_ = ATOMIC_FLAG_INIT;
 };

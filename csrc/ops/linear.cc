@@ -25,6 +25,7 @@ void multiply_tiles(const Linear& w, Luts& luts, int64_t first_span, int64_t n_t
 
 void linear_forward(const Linear& w, Tables tables, const float* x, int64_t n, float* y,
                     ThreadPool& pool) {
+  kernels();  // throws, if it must, before the threads set out
   const LutPlan plan({w.spec});
   Luts luts(tables, plan.n_spans(), std::min(n, kTokensAtOnce));
   pool.run([&](Team& team) {
