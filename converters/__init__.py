@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from tmac_py import _core
 from tmac_py.converters import gguf, huggingface
-from tmac_py.converters.base import HEADS, Checkpoint, Reader, TensorSource
+from tmac_py.converters.checkpoint import HEADS, Checkpoint, Reader, TensorSource
 from tmac_py.errors import ModelFileError, UnsupportedError
 from tmac_py.lutwriter import LutWriter
+from tmac_py.packing import pack
 from tmac_py.quant import MAX_BITS, MatrixLike, QuantTensor, Search, quantize_rtn
 
 __all__ = [
@@ -96,7 +96,7 @@ def convert(
     bits: int | None = None,
     group_size: int | None = None,
     asym: bool | None = None,
-    search: Search = "mse",
+    search: Search | None = None,
     head_bits: int | None = None,
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
@@ -115,11 +115,12 @@ def convert(
             ("bits", bits),
             ("group_size", group_size),
             ("asym", asym),
+            ("search", search),
             ("head_bits", head_bits),
         )
         if value is not None
     }
-    options = QuantOptions(search=search, **given)
+    options = QuantOptions(**given)
     checkpoint = open_checkpoint(source)
     _refuse_idle(source, checkpoint, set(given))
     if warn is not None:
@@ -168,15 +169,7 @@ def _write(writer: LutWriter, tensor: TensorSource, options: QuantOptions) -> No
         quantised = loaded
     else:
         quantised = options.quantize(tensor.name, loaded)
-    packed = _core.pack(
-        quantised.codes,
-        quantised.scales,
-        quantised.offsets,
-        bits=quantised.bits,
-        group_size=quantised.group_size,
-        offset_kind=quantised.offset_kind,
-    )
-    writer.add_linear(tensor.name, packed, quantised.spec)
+    writer.add_linear(tensor.name, pack(quantised), quantised.spec)
 
 
 def _refuse_idle(source: str | Path, checkpoint: Checkpoint, given: set[str]) -> None:
@@ -187,6 +180,7 @@ def _refuse_idle(source: str | Path, checkpoint: Checkpoint, given: set[str]) ->
         "head_bits": not dense & set(HEADS),
         "group_size": not dense,
         "asym": not dense,
+        "search": not dense,
     }
     if useless := sorted(name for name in given if idle[name]):
         raise UnsupportedError(

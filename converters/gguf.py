@@ -14,13 +14,15 @@ from gguf import ReaderTensor
 from numpy.typing import NDArray
 
 from tmac_py.config import ModelConfig
-from tmac_py.converters.base import (
+from tmac_py.converters.checkpoint import (
     NO_TOKENIZER,
     Checkpoint,
     FloatMatrix,
     TensorSource,
     as_float32,
     check_tensors,
+    listed,
+    naming,
 )
 from tmac_py.converters.gguf_container import MAGIC, GGUFFile, Metadata
 from tmac_py.converters.gguf_types import BLOCK_TYPES, FLOAT_TYPES, decode_tensor
@@ -67,20 +69,14 @@ def read(path: Path) -> Checkpoint:
     file = GGUFFile(path)
     metadata = file.metadata
     _refuse_unsupported(path, metadata, file.tensors)
-    try:
+    with naming(path):
         vocab = read_vocab(path, metadata)
         config = _config(metadata, file.tensors)
         if vocab is not None:
             config = replace(
-                config,
-                bos_token_id=vocab.bos_token_id,
-                eos_token_ids=vocab.eos_token_ids,
-                add_bos_token=vocab.add_bos_token,
+                config, bos_token_id=vocab.bos_token_id, eos_token_ids=vocab.eos_token_ids
             )
         config.validate()
-    except (ModelFileError, UnsupportedError) as error:
-        text = str(error)
-        raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from error
     if vocab is not None and vocab.size != config.vocab_size:
         raise ModelFileError(
             f"{path}: the vocabulary has {vocab.size} tokens, "
@@ -131,8 +127,9 @@ def _refuse_types(path: Path, tensors: dict[str, ReaderTensor]) -> None:
         and (len(tensor.shape) == 1 or tensor.tensor_type.name not in BLOCK_TYPES)
     ]
     if bad:
-        shown = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
-        raise UnsupportedError(f"{path}: tensor types are not supported: {shown} ({_KNOWN_TYPES})")
+        raise UnsupportedError(
+            f"{path}: tensor types are not supported: {listed(bad)} ({_KNOWN_TYPES})"
+        )
 
 
 def _config(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> ModelConfig:
@@ -221,16 +218,16 @@ def _factor_scaling(tensor: ReaderTensor, theta: float, head_dim: int) -> dict[s
     if not (np.isfinite(factors).all() and (factors > 0).all()):
         raise ModelFileError(f"tensor {_ROPE_FACTORS} holds numbers that are not positive")
     plain = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    for low, high, original in ((1.0, 4.0, 8192),):
-        keep = np.clip((original * plain / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
-        if np.allclose(1 / factors, keep + (1 - keep) / factors.max(), rtol=1e-5):
-            return {
-                "rope_type": "llama3",
-                "factor": float(factors.max()),
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": original,
-            }
+    low, high, original = 1.0, 4.0, 8192  # of every Llama 3 model
+    keep = np.clip((original * plain / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
+    if np.allclose(1 / factors, keep + (1 - keep) / factors.max(), rtol=1e-5):
+        return {
+            "rope_type": "llama3",
+            "factor": float(factors.max()),
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": original,
+        }
     return {"rope_type": "factors", "factors": [float(factor) for factor in factors]}
 
 

@@ -12,6 +12,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from tmac_py.converters.checkpoint import end_token_ids
 from tmac_py.converters.gguf_container import Metadata
 from tmac_py.converters.sentencepiece_model import Piece, serialize_bpe
 from tmac_py.errors import ModelFileError, UnsupportedError
@@ -47,9 +48,6 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
 _WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3", "tekken"}
 """Pre-tokenizers that look words up whole before any merge, and begin with BOS by default."""
 
-_END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
-"""Control tokens that end an answer, whatever ``eos_token_id`` says."""
-
 
 class TokenType(IntEnum):
     """Values of ``tokenizer.ggml.token_type``, the same as SentencePiece's."""
@@ -70,7 +68,6 @@ class GGUFVocab:
     size: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    add_bos_token: bool
     warnings: tuple[str, ...] = ()
 
 
@@ -98,7 +95,6 @@ def read_vocab(path: Path, metadata: Metadata) -> GGUFVocab | None:
     eos = _token_id(path, metadata, "eos", len(tokens))
     ends = [eos, *(_token_id(path, metadata, key, len(tokens)) for key in ("eot", "eom"))]
     control = {text: i for i, text in enumerate(tokens) if types[i] == TokenType.CONTROL}
-    ends += [control.get(text) for text in _END_TEXTS]
     adds_bos = model == "llama" or pre in _WHOLE_WORDS_FIRST
     add_bos = metadata.get(_KEY + "add_bos_token", bool, adds_bos) and bos is not None
     files = {
@@ -112,13 +108,12 @@ def read_vocab(path: Path, metadata: Metadata) -> GGUFVocab | None:
         ),
     }
     template = metadata.find("tokenizer.chat_template", str)
-    if template is not None:
+    if template:
         files["chat_template.jinja"] = template.encode()
-    ids = tuple(dict.fromkeys(end for end in ends if end is not None))
     warnings: tuple[str, ...] = ()
     if model == "gpt2" and _KEY + "pre" not in metadata:
         warnings = (f"{path} names no pre-tokenizer: text may be cut differently than in training",)
-    return GGUFVocab(files, len(tokens), bos, ids, add_bos, warnings)
+    return GGUFVocab(files, len(tokens), bos, end_token_ids(ends, control), warnings)
 
 
 def _token_id(path: Path, metadata: Metadata, name: str, size: int) -> int | None:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tmac_py.config import ModelConfig
-from tmac_py.converters.base import (
+from tmac_py.converters.checkpoint import (
     NO_TOKENIZER,
     Checkpoint,
     FloatMatrix,
     TensorSource,
     as_float32,
     check_tensors,
+    end_token_ids,
+    listed,
+    naming,
 )
-from tmac_py.converters.huggingface_tokenizer import read_tokenizer
+from tmac_py.converters.huggingface_tokenizer import read_tokenizer_files
+from tmac_py.converters.json_file import read_object
 from tmac_py.converters.safetensors_file import StoredTensor, read_header
 from tmac_py.errors import ModelFileError, UnsupportedError
+from tmac_py.tokenizer import Tokenizer
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -39,15 +42,14 @@ def read(path: Path) -> Checkpoint:
 
     Raises ModelFileError or UnsupportedError.
     """
-    try:
+    with naming(path):
         config = ModelConfig.from_hf(
-            read_json(path / "config.json"), read_json(path / "generation_config.json", {})
+            read_object(path / "config.json"),
+            read_object(path / "generation_config.json", optional=True),
         )
-    except (ModelFileError, UnsupportedError) as error:
-        text = str(error)
-        raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from error
-    tokenizer = read_tokenizer(path)
-    config = replace(config, add_bos_token=tokenizer.add_bos_token)
+        files = read_tokenizer_files(path)
+        if files:
+            config = replace(config, eos_token_ids=_end_tokens(config, files))
     expected = config.tensor_shapes()
     stored = {
         name: tensor
@@ -59,32 +61,24 @@ def read(path: Path) -> Checkpoint:
     bad = [f"{name} {stored[name].dtype}" for name in expected if stored[name].dtype not in _DENSE]
     if bad:
         raise UnsupportedError(
-            f"{path}: dtypes are not supported: {', '.join(bad[:8])}"
-            f"{f' and {len(bad) - 8} more' if len(bad) > 8 else ''} ({', '.join(_DENSE)})"
+            f"{path}: dtypes are not supported: {listed(bad)} ({', '.join(_DENSE)})"
         )
     return Checkpoint(
         config=config,
-        tokenizer=tokenizer.files,
+        tokenizer=files,
         source={"format": "huggingface", "file": path.resolve().name},
         tensors=[_source(name, stored[name]) for name in expected],
-        warnings=() if tokenizer.files else (NO_TOKENIZER.format(path),),
+        warnings=() if files else (NO_TOKENIZER.format(path),),
     )
 
 
-def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The object in a JSON file; ``default`` where there is no such file.
-
-    Raises ModelFileError for anything else than a JSON object.
-    """
-    if default is not None and not path.exists():
-        return default
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path}: not a JSON file: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelFileError(f"{path}: a JSON object is needed")
-    return value
+def _end_tokens(config: ModelConfig, files: dict[str, bytes]) -> tuple[int, ...]:
+    """Ids that end an answer. Raises ModelFileError or UnsupportedError for a bad vocabulary."""
+    tokenizer = Tokenizer(files, bos_id=config.bos_token_id)
+    eos = None if tokenizer.eos_token is None else tokenizer.id_of(tokenizer.eos_token)
+    pieces = ((tokenizer.piece(i), i) for i in tokenizer.special_ids)
+    special = {piece: i for piece, i in pieces if piece is not None}
+    return end_token_ids((*config.eos_token_ids, eos), special)
 
 
 def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -99,14 +93,14 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
                 "safetensors files are needed"
             )
         raise ModelFileError(f"{path}: neither {_SINGLE} nor {_INDEX} is there")
-    weight_map = read_json(path / _INDEX).get("weight_map")
+    weight_map = read_object(path / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
     ):
         raise ModelFileError(f"{path / _INDEX}: weight_map must name the file of each tensor")
     shards = sorted(set(weight_map.values()))
     if lost := [shard for shard in shards if not (path / shard).is_file()]:
-        raise ModelFileError(f"{path}: shards are missing: {', '.join(lost)}")
+        raise ModelFileError(f"{path}: shards are missing: {listed(lost)}")
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         for name, tensor in read_header(path / shard).items():

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ import tiny_model
 from tmac_py import _core
 from tmac_py.cli import main as cli
 from tmac_py.cli.main import COMMANDS
+from tmac_py.default_model import cached_path
 from tmac_py.errors import TmacError
 from tmac_py.model import Model
 
@@ -215,6 +217,7 @@ def test_ctrl_c_in_the_prompt_says_how_far_it_came(run, tmp_path, monkeypatch):
         (["-n", "x"], "'x' is not allowed; give a whole number from 1 up, or -1"),
         (["-t", "0"], "-t/--threads: '0' is not allowed; give a whole number from 1 to 1024"),
         (["-t", "1025"], "from 1 to 1024"),
+        (["-t", "1.5"], "'1.5' is not allowed"),
         (["-c", "-1"], "-c/--ctx-size: '-1' is not allowed"),
         (["-c", "97"], "n_ctx is 97; allowed: 0 to 96"),
         (["-c", "3"], "the context holds 3"),
@@ -276,11 +279,14 @@ def test_prompts_that_cannot_be_read(run, lut, tmp_path):
 def test_models_that_are_none(run, tmp_path):
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF" + bytes(60))
+    safetensors = tmp_path / "model.safetensors"
+    safetensors.write_bytes((2).to_bytes(8, "little") + b"{}")
     text = tmp_path / "text.lut"
     text.write_text("hello")
     for path, wanted in (
-        (gguf, f"convert it first: tmac-convert {gguf} model.lut"),
-        (tmp_path, "a folder, not a .lut file; convert it first: tmac-convert"),
+        (gguf, f"{gguf}: a GGUF file, not a .lut file; convert it with tmac-convert"),
+        (safetensors, "a safetensors file, but not a .lut; convert a checkpoint with tmac-convert"),
+        (tmp_path, "a folder, not a .lut file; convert a Hugging Face folder with tmac-convert"),
         (tmp_path / "none.lut", "no such file; models with a name: smollm2-135m"),
         (tmp_path / "none.gguf", "no such file"),
         (text, "not a .lut file"),
@@ -311,6 +317,23 @@ def test_the_default_model_is_fetched_by_name(run, lut, monkeypatch):
     assert run("smollm2-135m", "-p", "x", "-n", 1, "--cache-dir", "d", "--offline", "-q")[0] == 0
     assert run("-p", "x", "-n", 0)[0] == 2
     assert calls == [("smollm2-135m", None, False), ("smollm2-135m", "d", True)]
+
+
+def test_inspect_knows_the_models_by_name_and_never_fetches(run, lut, monkeypatch, tmp_path):
+    monkeypatch.setattr("tmac_py.default_model.ensure_model", None)
+    monkeypatch.setenv("TMAC_CACHE", str(tmp_path / "cache"))
+    status, out, err = run("smollm2-135m", program=cli.inspect)
+    assert (status, out) == (2, "")
+    fetch = "fetch it with: tmac-run smollm2-135m -p Hello"
+    assert err == f"tmac-inspect: error: smollm2-135m is not in {tmp_path / 'cache'}; {fetch}\n"
+    path = cached_path("smollm2-135m", tmp_path)
+    path.write_bytes(Path(lut).read_bytes())
+    for options in (["--cache-dir", tmp_path], ["--cache-dir", tmp_path, "--no-check"]):
+        status, out, err = run("smollm2-135m", *options, program=cli.inspect)
+        assert (status, err) == (0, "")
+        assert str(path) in out
+    missing = run("smollm3", program=cli.inspect)[2]
+    assert "smollm3: no such file; models with a name: smollm2-135m" in missing
 
 
 @pytest.mark.usefixtures("stdin")

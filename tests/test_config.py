@@ -33,6 +33,15 @@ LLAMA: dict[str, Any] = {
 }
 
 
+DYNAMIC: dict[str, Any] = {"rope_type": "dynamic", "factor": 2.0}
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 2.0,
+    "original_max_position_embeddings": 4096,
+}
+HUGE = 10**400
+
+
 def hf(**changes: Any) -> ModelConfig:
     return ModelConfig.from_hf({**LLAMA, **changes})
 
@@ -84,6 +93,8 @@ def test_sliding_window_is_mistrals(given: dict[str, Any], expected: int) -> Non
 def test_generation_config_decides_the_end_tokens() -> None:
     config = ModelConfig.from_hf(LLAMA, {"eos_token_id": [2, 7]})
     assert config.eos_token_ids == (2, 7)
+    assert ModelConfig.from_hf(LLAMA, {"eos_token_id": None}).eos_token_ids == (2,)
+    assert ModelConfig.from_hf(LLAMA, {}).eos_token_ids == (2,)
     assert hf(eos_token_id=None).eos_token_ids == ()
 
 
@@ -92,6 +103,17 @@ def test_generation_config_decides_the_end_tokens() -> None:
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported (llama, mistral)"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"architectures": 5}, "architecture 5 is not supported"),
+        ({"architectures": "BertModel"}, "architecture BertModel is not supported"),
+        ({"rope_scaling": {"rope_type": []}}, "rope type [] is not supported"),
+        (
+            {"rope_scaling": {**DYNAMIC, "original_max_position_embeddings": 4096}},
+            "max_position_embeddings (8192) is larger than original_max_position_embeddings (4096)",
+        ),
+        (
+            {"rope_scaling": DYNAMIC, "original_max_position_embeddings": 4096},
+            "'dynamic' is supported within the original context only",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
@@ -122,11 +144,39 @@ def test_refuses_what_it_cannot_run(changes: dict[str, Any], text: str) -> None:
         ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "factor must be positive"),
         ({"rope_scaling": {"rope_type": "factors", "factors": [1.0]}}, "must hold 32 numbers"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be null or an object, found 'linear'"),
+        ({"rope_scaling": ["a"]}, "must be null or an object"),
+        ({"rope_theta": HUGE}, "rope_theta must be a number"),
+        ({"hidden_size": HUGE}, "hidden_size must be an integer"),
+        ({"max_position_embeddings": HUGE}, "max_position_embeddings must be an integer"),
+        ({"eos_token_id": HUGE}, "eos_token_ids must be an integer"),
+        ({"head_dim": 2**20}, "head_dim must be an integer from 1 to 65536"),
+        ({"rope_scaling": {"type": "linear", "factor": HUGE}}, "factor must be positive"),
+        ({"rope_scaling": {**DYNAMIC, "original_max_position_embeddings": "x"}}, "found 'x'"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "give no finite frequencies"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1e-320, "factor": 1e300}}, "no finite frequencies"),
+        ({"rope_theta": 1e-308}, "give no finite frequencies"),
     ],
 )
 def test_refuses_values_without_sense(changes: dict[str, Any], text: str) -> None:
-    with pytest.raises(ModelFileError, match=text):
+    with pytest.raises(ModelFileError, match=text) as caught:
         hf(**changes)
+    assert len(str(caught.value)) < 250
+
+
+def test_dynamic_is_plain_within_the_original_context() -> None:
+    plain, _ = hf().rope()
+    for original in (8192, 16384):
+        config = hf(rope_scaling={**DYNAMIC, "original_max_position_embeddings": original})
+        assert config.rope_scaling == DYNAMIC
+        assert np.array_equal(config.rope()[0], plain)
+
+
+def test_from_dict_refuses_a_rope_type_that_is_no_text() -> None:
+    with pytest.raises(UnsupportedError, match="rope type"):
+        ModelConfig.from_dict({**hf().to_dict(), "rope_scaling": {"rope_type": []}})
+    with pytest.raises(ModelFileError, match="rope_theta must be a number"):
+        ModelConfig.from_dict({**hf().to_dict(), "rope_theta": HUGE})
 
 
 def test_factors_divide_the_frequencies() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 import pytest
 
 from tiny_checkpoints import TINY, gguf_tensors, hf_config, random_weights, write_gguf, write_hf
 from tmac_py.cli import convert
+from tmac_py.cli import main as program
 from tmac_py.errors import TmacError
 from tmac_py.lutfile import LutFile
 
@@ -73,6 +75,41 @@ def test_output_paths_that_cannot_be(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TmacError, match="does not exist"):
         run(folder, tmp_path / "no" / "m.lut")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_examples_in_the_help_are_true(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        program.convert(["--help"])
+    assert ended.value.code == 0
+    _, _, text = capsys.readouterr().out.partition("examples:\n")
+    examples = [shlex.split(line) for line in text.splitlines()]
+    assert len(examples) >= 2
+    tensors = gguf_tensors(random_weights(TINY), TINY, "Q4_1")
+    monkeypatch.chdir(tmp_path)
+    for name, source, *arguments in examples:
+        assert name == "tmac-convert"
+        if source.endswith(".gguf"):
+            write_gguf(tmp_path / source, TINY, tensors)
+        else:
+            (tmp_path / source).symlink_to(folder)
+        assert program.convert(["--force", source, *arguments]) == 0
+
+
+def test_options_without_effect_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", TINY, gguf_tensors(random_weights(TINY), TINY, "Q8_0"))
+    out = tmp_path / "m.lut"
+    assert program.convert([str(path), str(out), "--search", "mse", "--bits", "3"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"tmac-convert: error: {path}: bits, search would have no effect")
+    assert len(error.splitlines()) == 1
+    assert not out.exists()
 
 
 def test_the_source_is_never_written_over(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from numpy.typing import NDArray
 
-from tmac_py import Model, _core
+from tmac_py import Model, _core, default_model
+from tmac_py.lutfile import LutFile
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
 GOLDEN = json.loads((GOLDEN_FOLDER / "smollm2.json").read_text())
@@ -27,6 +29,11 @@ values 11."""
 
 CLOSE_CALL = 2 * LOGIT_ERROR
 """Where a reference's two best logits are nearer than this, either may win."""
+
+
+CONVERTED = {2: "33901fe61dde4df1d2715278db5406df"}
+"""Recipe of tmac_py.default_model -> XXH3-128 of the default model's configuration and of the list
+of its tensors, which holds the checksum of each."""
 
 
 def greedy(model: Model, prompt_ids: Sequence[int], n: int) -> list[int]:
@@ -49,10 +56,21 @@ def teacher_forced(model: Model, prompt_ids: list[int], ids: list[int]) -> NDArr
     return model.logits(prompt_ids + ids[:-1])[len(prompt_ids) - 1 :]
 
 
+def test_the_recipe_tells_conversions_apart(default_lut: Path) -> None:
+    with LutFile.open(default_lut, check=False) as file:
+        parts = file.metadata["tmac.config"], file.metadata["tmac.tensors"]
+    digest = xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
+    assert CONVERTED.get(default_model._RECIPE) == digest, (
+        "the default model is converted differently than before: raise _RECIPE in "
+        "tmac_py.default_model, so that caches are renewed, and note the new checksum in CONVERTED"
+    )
+
+
 @pytest.mark.parametrize("name", FLOAT32)
 def test_exact_tables_continue_like_llama_cpp_in_float32(exact_model: Model, name: str) -> None:
     want = LLAMA_CPP[name]
     sure = first_close_call(want["top5"])
+    assert sure >= 22
     assert greedy(exact_model, want["prompt_ids"], len(want["ids"]))[:sure] == want["ids"][:sure]
 
 
@@ -75,6 +93,7 @@ def test_exact_tables_continue_like_llama_cpp_on_q4_1(exact_model: Model, name: 
     pairs = zip(want["ids"], float32["ids"], strict=False)
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(want["ids"]))
     sure = min(first_close_call(want["top5"]), same)
+    assert sure >= 5
     assert greedy(exact_model, want["prompt_ids"], len(want["ids"]))[:sure] == want["ids"][:sure]
 
 
@@ -85,8 +104,10 @@ def test_exact_tables_continue_like_transformers(exact_model: Model, name: str) 
     best = np.sort(logits, axis=1)
     # The reference stores no margins; ours may be off by CLOSE_CALL.
     sure = np.append(best[:, -1] - best[:, -2] >= 2 * CLOSE_CALL, False)
+    assert sure.sum() >= 27
     assert logits.argmax(axis=1)[sure[:-1]].tolist() == np.array(want["ids"])[sure[:-1]].tolist()
     until = int(np.flatnonzero(~sure)[0])
+    assert until >= 3
     assert greedy(exact_model, want["prompt_ids"], len(want["ids"]))[:until] == want["ids"][:until]
 
 

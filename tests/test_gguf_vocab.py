@@ -9,6 +9,8 @@ from typing import Any
 import gguf
 import pytest
 
+from tiny_checkpoints import TINY, hf_config, random_weights, write_hf
+from tmac_py.converters import open_checkpoint
 from tmac_py.converters.gguf_container import GGUFFile
 from tmac_py.converters.gguf_vocab import PRE_TOKENIZERS, GGUFVocab, TokenType, read_vocab
 from tmac_py.errors import ModelFileError, UnsupportedError
@@ -87,7 +89,7 @@ def test_bos_eos_and_end_tokens(tmp_path: Path) -> None:
     assert tokens[:3] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     read = vocab_of(tmp_path, BPE, "gpt2", eos_token_id=1, chat_template="{{ x }}")
     assert read is not None
-    assert (read.size, read.bos_token_id, read.add_bos_token) == (len(tokens), 1, False)
+    assert (read.size, read.bos_token_id) == (len(tokens), 1)
     assert read.eos_token_ids == (1, 2, 0)  # the file's own, then <|im_end|> and <|endoftext|>
     assert read.files["chat_template.jinja"] == b"{{ x }}"
     assert json.loads(read.files["tokenizer_config.json"]) == {
@@ -98,6 +100,16 @@ def test_bos_eos_and_end_tokens(tmp_path: Path) -> None:
     read = vocab_of(tmp_path, BPE, "gpt2", eot_token_id=7)
     assert read is not None
     assert read.eos_token_ids == (2, 7, 0)
+
+
+def test_end_tokens_are_those_of_a_hugging_face_folder(tmp_path: Path) -> None:
+    read = vocab_of(tmp_path, BPE, "gpt2", eos_token_id=7)
+    assert read is not None
+    assert read.eos_token_ids == (7, 2, 0)
+    path = write_hf(tmp_path / "m", random_weights(TINY), hf_config(TINY, eos_token_id=None))
+    for name, content in read.files.items():
+        (path / name).write_bytes(content)
+    assert open_checkpoint(path).config.eos_token_ids == read.eos_token_ids
 
 
 @pytest.mark.parametrize(
@@ -118,7 +130,8 @@ def test_the_begin_token(
     vocab = BPE if model == "gpt2" else SPM
     read = vocab_of(tmp_path, vocab, model, **changes)
     assert read is not None
-    assert read.add_bos_token is expected
+    settings = json.loads(read.files["tokenizer_config.json"])
+    assert settings["add_bos_token"] is expected
     ids = Tokenizer(read.files).encode("Hello")
     assert (ids[0] == 1) is expected
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import numpy as np
 import pytest
 
 from tiny_checkpoints import TINY, hf_config, random_weights, save_safetensors, write_hf
+from tiny_vocab import byte_level_json, sentencepiece_model
 from tmac_py.converters import convert, open_checkpoint
 from tmac_py.converters import huggingface as reader
-from tmac_py.converters.base import FloatMatrix
+from tmac_py.converters.checkpoint import FloatMatrix
 from tmac_py.errors import ModelFileError, TmacError, UnsupportedError
 from tmac_py.lutfile import LutFile
 
@@ -75,57 +78,71 @@ def test_the_defaults(tmp_path: Path) -> None:
         assert (head.bits, head.group_size, head.offset_kind) == (8, 32, "none")
 
 
-def test_tokenizer_files_and_special_tokens(tmp_path: Path) -> None:
+def test_tokenizer_files(tmp_path: Path) -> None:
     path = folder(tmp_path / "m")
     assert "no tokenizer" in reader.read(path).warnings[0]
     assert reader.read(path).tokenizer == {}
-    vocabulary = {
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [
-                {"SpecialToken": {"id": "<s>", "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-            ],
-        }
-    }
-    (path / "tokenizer.json").write_text(json.dumps(vocabulary))
+    (path / "tokenizer.json").write_bytes(byte_level_json(bos=True))
     settings: dict[str, Any] = {
-        "bos_token": {"content": "<s>"},
-        "eos_token": "</s>",
+        "bos_token": {"content": "<|im_start|>"},
+        "eos_token": "<|im_end|>",
         "model_max_length": 10**30,
+        "added_tokens_decoder": {"40": {"content": "<pad>"}},
         "chat_template": [
             {"name": "tool_use", "template": "no"},
             {"name": "default", "template": "yes"},
         ],
     }
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3]}))
     checkpoint = reader.read(path)
     assert checkpoint.warnings == ()
-    assert checkpoint.config.eos_token_ids == (2, 3)
-    assert checkpoint.config.add_bos_token
     assert checkpoint.tokenizer["chat_template.jinja"] == b"yes"
-    assert json.loads(checkpoint.tokenizer["tokenizer.json"]) == vocabulary
+    assert checkpoint.tokenizer["tokenizer.json"] == byte_level_json(bos=True)
     kept = json.loads(checkpoint.tokenizer["tokenizer_config.json"])
-    assert kept == {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+    assert kept == {key: settings[key] for key in ("bos_token", "eos_token")}
 
     (path / "chat_template.jinja").write_text("file")
-    settings["add_bos_token"] = False
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    checkpoint = reader.read(path)
-    assert checkpoint.tokenizer["chat_template.jinja"] == b"file"
-    assert not checkpoint.config.add_bos_token
+    assert reader.read(path).tokenizer["chat_template.jinja"] == b"file"
 
     (path / "tokenizer.json").unlink()
-    (path / "tokenizer.model").write_bytes(b"pieces")
-    del settings["add_bos_token"]
-    settings["added_tokens_decoder"] = {"40": {"content": "<pad>"}}
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (path / "tokenizer.model").write_bytes(sentencepiece_model())
     checkpoint = reader.read(path)
-    assert checkpoint.config.add_bos_token  # SentencePiece models begin with BOS
-    assert checkpoint.tokenizer["tokenizer.model"] == b"pieces"
+    assert checkpoint.tokenizer["tokenizer.model"] == sentencepiece_model()
     kept = json.loads(checkpoint.tokenizer["tokenizer_config.json"])
     assert kept["added_tokens_decoder"] == {"40": {"content": "<pad>"}}
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "settings", "eos", "expected"),
+    [
+        ("tokenizer.json", {}, 7, (7, 2, 0)),  # what the model says, <|im_end|>, <|end|>
+        ("tokenizer.json", {}, [0, 2], (0, 2)),
+        ("tokenizer.json", {"eos_token": "<|im_start|>"}, None, (1, 2, 0)),
+        ("tokenizer.json", {"eos_token": {"content": "<|im_end|>"}}, 0, (0, 2)),
+        ("tokenizer.json", {"eos_token": "<none such>"}, None, (2, 0)),
+        ("tokenizer.model", {"eos_token": "</s>"}, None, (2,)),
+        (
+            "tokenizer.model",
+            {"added_tokens_decoder": {"400": {"content": "<|eot_id|>"}}},
+            2,
+            (2, 400),
+        ),
+        (None, {"eos_token": "</s>"}, 7, (7,)),
+    ],
+)
+def test_end_tokens(
+    tmp_path: Path,
+    vocabulary: str | None,
+    settings: dict[str, Any],
+    eos: int | list[int] | None,
+    expected: tuple[int, ...],
+) -> None:
+    path = folder(tmp_path / "m", eos_token_id=eos)
+    if vocabulary is not None:
+        json_file = vocabulary == "tokenizer.json"
+        (path / vocabulary).write_bytes(byte_level_json() if json_file else sentencepiece_model())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert reader.read(path).config.eos_token_ids == expected
 
 
 def test_what_is_stored_but_not_used(tmp_path: Path) -> None:
@@ -152,6 +169,15 @@ def test_configurations_are_refused(tmp_path: Path, changes: dict[str, Any], tex
         convert(path, tmp_path / "m.lut")
     assert str(path) in str(caught.value)
     assert not (tmp_path / "m.lut").exists()
+
+
+def test_errors_name_a_folder_of_one_letter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = folder(Path("c"), model_type="gpt_neox")
+    with pytest.raises(UnsupportedError, match=r"^c: config\.json: .*gpt_neox"):
+        reader.read(path)
 
 
 def test_wrong_tensors_are_reported_together(tmp_path: Path) -> None:
@@ -225,6 +251,90 @@ def test_a_cut_or_altered_file_is_refused(tmp_path: Path) -> None:
             refused.append(str(error))
     assert len(refused) > 200
     assert not any("\n" in text for text in refused)
+
+
+WRONG: list[Any] = [None, True, -1, 1.5, "x", "\ud800", [], ["x"], [[]], [None], {}, {"x": ["x"]}]
+"""JSON values that are not what is expected somewhere; the surrogate is half a character."""
+
+
+def alterations(value: Any) -> Iterator[Any]:
+    """``value`` with each part in turn, at any depth, replaced by each of the wrong values."""
+    yield from WRONG
+    keys = range(len(value)) if isinstance(value, list) else value
+    for key in keys if isinstance(value, list | dict) else ():
+        for wrong in alterations(value[key]):
+            changed = copy.copy(value)
+            changed[key] = wrong
+            yield changed
+
+
+def short_tokenizer_json() -> Any:
+    """A tokenizer.json with each kind of part, and few of each."""
+    state = json.loads(byte_level_json(bos=True))
+    state["added_tokens"] = state["added_tokens"][:1]
+    state["model"].update(vocab={"<|end|>": 0, "<|im_start|>": 1, "a": 2, "b": 3, "ab": 4})
+    state["model"].update(merges=[["a", "b"]])
+    return state
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", hf_config(TINY, rope_scaling={"rope_type": "linear", "factor": 2.0})),
+        ("generation_config.json", {"eos_token_id": [2, 3]}),
+        ("tokenizer.json", short_tokenizer_json()),
+        (
+            "tokenizer_config.json",
+            {
+                "add_bos_token": True,
+                "bos_token": {"content": "<|im_start|>"},
+                "eos_token": "<|im_end|>",
+                "chat_template": [{"name": "default", "template": "x"}],
+            },
+        ),
+        ("model.safetensors.index.json", None),
+    ],
+)
+def test_json_of_any_other_form_is_read_or_refused(tmp_path: Path, name: str, content: Any) -> None:
+    path = folder(tmp_path / "m", shards=2)
+    (path / "tokenizer.json").write_bytes(byte_level_json())
+    if content is None:
+        content = json.loads((path / name).read_text())
+        content["weight_map"] = dict(list(content["weight_map"].items())[:2])
+    refused = []
+    texts = [b"", b"{", b"\xff{}", b"[" * 100_000, b"1" * 5000]
+    for text in (*texts, *(json.dumps(value).encode() for value in alterations(content))):
+        (path / name).write_bytes(text)
+        try:
+            reader.read(path)
+        except TmacError as error:
+            refused.append(str(error))
+    assert len(refused) > len(texts)
+    assert all(text.startswith(str(path)) and "\n" not in text for text in refused)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"chat_template": ["x"]}, r"chat_template must be a text, or a list"),
+        ({"chat_template": [{"name": "default", "template": 1}]}, r"chat_template must be a text"),
+        ({"added_tokens_decoder": ["x"]}, r"added_tokens_decoder is malformed"),
+    ],
+)
+def test_tokenizer_settings_that_are_refused(tmp_path: Path, content: Any, text: str) -> None:
+    path = folder(tmp_path / "m")
+    (path / "tokenizer.model").write_bytes(sentencepiece_model())
+    (path / "tokenizer_config.json").write_text(json.dumps(content))
+    with pytest.raises(ModelFileError, match=text):
+        reader.read(path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_broken_vocabulary_is_refused(tmp_path: Path, name: str) -> None:
+    path = folder(tmp_path / "m")
+    (path / name).write_bytes(b"pieces")
+    with pytest.raises(ModelFileError, match=rf"{path}.*{name} cannot be read"):
+        reader.read(path)
 
 
 def test_folders_without_weights(tmp_path: Path) -> None:

@@ -177,6 +177,16 @@ def test_other_files_are_named_for_what_they_are(
     assert refusal(path).startswith(text)
 
 
+@pytest.mark.parametrize("version", ["9" * 5000, "\u0661", "-1", "", " 1", "1.0"])
+def test_a_version_that_is_no_number(lut: Path, version: str) -> None:
+    header, data = split(lut)
+    header["__metadata__"]["tmac.format"] = version
+    join(lut, header, data)
+    text = refusal(lut)
+    assert "is not a number" in text
+    assert len(text) < 100
+
+
 def test_newer_version_says_so_before_anything_else(lut: Path) -> None:
     header, data = split(lut)
     header["__metadata__"] = {"tmac.format": "2", "tmac.new": "?"}

@@ -14,8 +14,8 @@ import pytest
 
 from tiny_lut import CONFIG, NORM, Q_PROJ, spec_of, write
 from tmac_py.errors import ModelFileError
-from tmac_py.lutfile import LutWriter
 from tmac_py.lutheader import packed_nbytes
+from tmac_py.lutwriter import LutWriter
 
 
 def test_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Model on tiny random weights: caches, threads, instruction sets, limits, closing."""
 
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import pytest
 import tiny_model as tiny
 import tmac_py
 from tmac_py import _core
-from tmac_py.errors import ContextError, ModelFileError, TmacError
+from tmac_py.errors import ContextError, ModelFileError, OptionError, TmacError
+from tmac_py.linear import LutLinear
 from tmac_py.model import Model
 
 IDS = np.random.default_rng(3).integers(0, tiny.VOCAB, 40).astype(np.int32)
@@ -110,23 +113,97 @@ def test_two_threads_share_one_model(model):
     assert together == alone
 
 
-def test_python_runs_while_the_core_works(model):
-    stop, count = threading.Event(), [0]
+@pytest.fixture
+def long_turns():
+    """A thread keeps the interpreter until it waits or gives it away itself."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    yield
+    sys.setswitchinterval(interval)
 
-    def tick():
-        while not stop.is_set():
-            count[0] += 1
 
-    ticker = threading.Thread(target=tick)
-    ticker.start()
+@pytest.mark.usefixtures("long_turns")
+@pytest.mark.parametrize("call", ["decoder", "linear"])
+def test_python_runs_while_the_core_works(model, call):
+    cache = model.new_cache()
+    linear = LutLinear.from_dense(np.ones((512, 512)), bits=4, threads=1)
+    x = np.ones((64, 512), np.float32)
+    core_works, stop, turns = [False], [False], [0]
+
+    def count_turns():
+        while not stop[0]:
+            turns[0] += core_works[0]
+            time.sleep(0)  # asks for the next turn, which comes when the core lets go
+
+    counter = threading.Thread(target=count_turns)
+    counter.start()
     try:
-        before = count[0]
-        for _ in range(3):
-            model.logits(IDS)
+        for _ in range(200):
+            cache.truncate(0)
+            core_works[0] = True
+            _ = model.forward(IDS, cache) if call == "decoder" else linear.forward(x)
+            core_works[0] = False
+            if turns[0]:
+                break
     finally:
-        stop.set()
-        ticker.join()
-    assert count[0] > before
+        stop[0] = True
+        counter.join()
+    assert turns[0]
+
+
+def test_models_share_threads(path):
+    with Model.load(path, threads=2) as one, Model.load(path, threads=2) as two:
+        assert one._pool is two._pool
+        with Model.load(path, threads=3) as other:
+            assert other._pool is not one._pool
+
+
+def test_a_cache_of_another_model_is_refused(model, tmp_path):
+    file = tiny.write_tiny_model(tmp_path / "deep.lut", num_hidden_layers=3)
+    with Model.load(file, threads=1) as other:
+        cache = other.new_cache()
+        with pytest.raises(OptionError, match="made for another model"):
+            model.forward(IDS, cache)
+        with pytest.raises(OptionError, match="made for another model"):
+            model.generate([1, 2], cache=cache)
+        assert cache.pos == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("this KV cache is in use by another thread", TmacError), ("broken", RuntimeError)],
+)
+def test_only_a_busy_cache_is_an_expected_failure(path, monkeypatch, text, kind):
+    class Failing:
+        def forward(self, *_args, **_options):
+            raise RuntimeError(text)
+
+    with Model.load(path, threads=1) as model:
+        cache = model.new_cache()
+        monkeypatch.setattr(model, "_decoder", Failing())
+        with pytest.raises(kind, match=text):
+            model.forward(IDS, cache)
+
+
+def test_two_threads_may_not_use_one_cache(model):
+    """The text on which the model recognises it is the core's."""
+    cache, errors = model.new_cache(), []
+
+    def use():
+        try:
+            for _ in range(300):
+                cache.truncate(0)
+                model.forward(IDS, cache)
+        except (TmacError, RuntimeError) as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=use) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert errors
+    assert all("in use by another thread" in str(error) for error in errors)
 
 
 def test_separate_and_tied_heads(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tmac_py.converters import gguf as reader
-from tmac_py.converters.base import Checkpoint
+from tmac_py.converters.checkpoint import Checkpoint
 from tmac_py.tokenizer import Tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokens.json").read_text())
@@ -37,9 +37,8 @@ def test_the_configuration(checkpoint: Checkpoint) -> None:
     assert (config.num_attention_heads, config.num_key_value_heads) == (9, 3)
     assert (config.rope_theta, config.rms_norm_eps) == (100000.0, 1e-5)
     assert config.tie_word_embeddings
-    assert not config.add_bos_token
     assert config.eos_token_ids == (2, 0)
     assert checkpoint.warnings == ()
     assert b"<|im_start|>" in checkpoint.tokenizer["chat_template.jinja"]
-    assert checkpoint.n_tensors == 272
+    assert len(checkpoint.tensors) == 272
     assert checkpoint.n_elements == 134_515_008

@@ -25,14 +25,15 @@ TEXTS = [
 KINDS = ["byte_level", "byte_fallback", "sentencepiece"]
 
 
-def make(kind, **config):
+def make(kind, *, bos_id=None, **config):
     config.setdefault("add_bos_token", False)
     files = {
         "byte_level": {"tokenizer.json": byte_level_json()},
         "byte_fallback": {"tokenizer.json": byte_fallback_json()},
         "sentencepiece": {"tokenizer.model": sentencepiece_model()},
     }[kind]
-    return Tokenizer({**files, "tokenizer_config.json": json.dumps(config).encode()})
+    settings = json.dumps(config).encode()
+    return Tokenizer({**files, "tokenizer_config.json": settings}, bos_id=bos_id)
 
 
 @pytest.fixture(params=KINDS)
@@ -172,6 +173,45 @@ def test_bos_by_the_rule_inside_tokenizer_json():
     assert by_rule.encode("<|im_start|>the") == ids
     off = Tokenizer({"tokenizer.json": data, "tokenizer_config.json": b'{"add_bos_token": false}'})
     assert off.encode("the") == ids[1:]
+
+
+def test_a_rule_of_the_file_never_adds_bos_twice():
+    for bos_id in (None, 1):
+        tokenizer = Tokenizer({"tokenizer.json": byte_level_json(bos=True)}, bos_id=bos_id)
+        assert tokenizer.bos_id == 1
+        ids = tokenizer.encode("<|im_start|>the")
+        assert ids == tokenizer.encode("the")
+        assert ids.count(1) == 1
+        assert tokenizer.encode("the", add_special=False) == ids[1:]
+
+
+def test_the_end_token_of_a_rule_is_left_out():
+    library = tokenizers.Tokenizer.from_buffer(byte_level_json())
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A <|end|>",
+        special_tokens=[("<|im_start|>", 1), ("<|end|>", 0)],
+    )
+    assert library.encode("the").ids[-1] == 0
+    tokenizer = Tokenizer({"tokenizer.json": library.to_str().encode()})
+    assert tokenizer.encode("the") == library.encode("the").ids[:-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_files_decide_what_bos_is(kind):
+    bos = {"byte_level": "<|im_start|>"}.get(kind, "<s>")
+    tokenizer = make(kind, bos_token=bos, add_bos_token=True, bos_id=2)
+    assert tokenizer.bos_id == tokenizer.id_of(bos) == 1
+    assert tokenizer.encode("the")[0] == 1
+    tokenizer = make(kind, add_bos_token=True, bos_id=2)
+    assert (tokenizer.bos_id, tokenizer.encode("the")[0]) == (2, 2)
+    assert tokenizer.bos_token == tokenizer.piece(2)
+
+
+def test_a_rule_with_a_token_that_is_not_there_is_one_error():
+    state = json.loads(byte_level_json(bos=True))
+    state["post_processor"]["special_tokens"] = {}
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json cannot be"):
+        Tokenizer({"tokenizer.json": json.dumps(state).encode()})
 
 
 def test_sentencepiece_adds_bos_unless_told_not_to():

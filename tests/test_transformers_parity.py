@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from tmac_py import Model, _core
 from tmac_py.converters import convert, open_checkpoint
-from tmac_py.converters.base import FloatMatrix
+from tmac_py.converters.checkpoint import FloatMatrix
 from tmac_py.lutfile import LutFile
 from tmac_py.quant import QuantTensor
-from tmac_py.weights import Tables
+from tmac_py.spec import Tables
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("llama3", "linear", "mistral", "yarn", "dynamic")

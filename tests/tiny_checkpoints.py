@@ -172,7 +172,7 @@ def save_safetensors(path: Path, tensors: dict[str, NDArray[Any]], dtype: str) -
 def hf_config(config: ModelConfig, **changes: Any) -> dict[str, Any]:
     """The config.json of a transformers-4 checkpoint."""
     values = config.to_dict()
-    for key in ("architecture", "eos_token_ids", "add_bos_token", "rope_scaling", "bos_token_id"):
+    for key in ("architecture", "eos_token_ids", "rope_scaling", "bos_token_id"):
         values.pop(key)
     return {
         "model_type": "llama",

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmac_py.config import ModelConfig
-from tmac_py.lutfile import LutWriter
 from tmac_py.lutheader import packed_nbytes
+from tmac_py.lutwriter import LutWriter
 from tmac_py.spec import LinearSpec
 
 CONFIG = ModelConfig(

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from tiny_vocab import CHATML, byte_level_json
-from tmac_py import _core
 from tmac_py.config import ModelConfig
-from tmac_py.lutfile import LutWriter
+from tmac_py.lutwriter import LutWriter
+from tmac_py.packing import pack
 from tmac_py.quant import quantize_rtn
 
 N_CTX = 96
@@ -55,13 +55,5 @@ def write_tiny_model(path: Path, *, seed=0, bits=4, chat=True, files=None, **con
             weights = random.standard_normal(shape).astype(np.float32) / np.sqrt(shape[1])
             head = "embed" in name or "lm_head" in name
             q = quantize_rtn(weights * (8 if head else 1), bits=8 if head else bits, group_size=32)
-            packed = _core.pack(
-                q.codes,
-                q.scales,
-                q.offsets,
-                bits=q.bits,
-                group_size=q.group_size,
-                offset_kind=q.offset_kind,
-            )
-            writer.add_linear(name, packed, q.spec)
+            writer.add_linear(name, pack(q), q.spec)
     return path

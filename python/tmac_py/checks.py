@@ -1,14 +1,16 @@
-"""Numbers that users give: checked once, with errors that name the option and what is allowed."""
+"""Options that users give: checked once, with errors that name the option and what is allowed."""
 
 from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from tmac_py.errors import OptionError, TmacError
+from tmac_py.machine import MAX_THREADS, default_threads
+from tmac_py.spec import Tables
 
 
 def check_whole(
@@ -43,3 +45,16 @@ def check_real(
         valid = math.isfinite(value) and low <= value <= high and not (above_low and value == low)
     if not valid:
         raise OptionError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def check_threads(threads: int | None) -> int:
+    """``threads`` if it is allowed; for None the performance cores this process may use."""
+    return default_threads() if threads is None else check_whole("threads", threads, 1, MAX_THREADS)
+
+
+def check_tables(tables: Tables) -> Tables:
+    """``tables`` if it is the name of a kind of lookup tables."""
+    allowed = get_args(Tables)
+    if tables not in allowed:
+        raise OptionError(f"tables is {tables!r}; allowed: {', '.join(map(repr, allowed))}")
+    return tables

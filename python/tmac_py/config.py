@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -18,6 +19,7 @@ MODEL_TYPES = ("llama", "mistral")
 
 _MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 4096
+_MAX_HEAD_DIM = 65536
 _SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -55,7 +57,6 @@ class ModelConfig:
     hidden_act: str = "silu"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    add_bos_token: bool = False
 
     @classmethod
     def from_hf(
@@ -65,22 +66,20 @@ class ModelConfig:
     ) -> ModelConfig:
         """Read the contents of config.json and, if there is one, generation_config.json.
 
-        The end-of-text tokens of generation_config win over those of config. ``add_bos_token`` is
-        left False: it stands in the tokenizer's own files. Raises UnsupportedError for what this
-        package cannot run, ModelFileError for missing or inconsistent values.
+        The end-of-text tokens of generation_config win over those of config. Raises
+        UnsupportedError for what this package cannot run, ModelFileError for missing or
+        inconsistent values.
         """
         _refuse_unsupported(config)
         model_type = config["model_type"]
         heads = _integer(config, "num_attention_heads")
         hidden = _integer(config, "hidden_size")
         context = _integer(config, "max_position_embeddings", 2048)
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        if "original_max_position_embeddings" in config and _rope_type(rope) in ("llama3", "yarn"):
-            rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
-        if "partial_rotary_factor" in config:
-            rope.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+        rope = _rope_settings(config)
         theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-        eos = (generation_config or {}).get("eos_token_id", config.get("eos_token_id"))
+        eos = (generation_config or {}).get("eos_token_id")
+        if eos is None:
+            eos = config.get("eos_token_id")
         result = cls(
             hidden_size=hidden,
             intermediate_size=_integer(config, "intermediate_size"),
@@ -134,10 +133,10 @@ class ModelConfig:
         for name in _SIZES:
             _require_int(name, getattr(self, name), 1, _MAX_SIZE)
         _require_int("num_hidden_layers", self.num_hidden_layers, 1, _MAX_LAYERS)
+        _require_int("head_dim", self.head_dim, 1, _MAX_HEAD_DIM)
         _require_int("sliding_window", self.sliding_window, 0, _MAX_SIZE)
-        for name in ("tie_word_embeddings", "add_bos_token"):
-            if not isinstance(getattr(self, name), bool):
-                raise ModelFileError(f"config: {name} must be true or false")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ModelFileError("config: tie_word_embeddings must be true or false")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
@@ -157,10 +156,13 @@ class ModelConfig:
             if not isinstance(self.rope_scaling, dict):
                 raise ModelFileError("config: rope_scaling must be null or an object")
             check_rope_scaling(self.rope_scaling)
-            self.rope()
+        self.rope()
 
     def rope(self) -> tuple[NDArray[np.float32], float]:
-        """Inverse frequencies float32 ``[head_dim / 2]`` and the factor on cos and sin."""
+        """Inverse frequencies float32 ``[head_dim / 2]`` and the factor on cos and sin.
+
+        Raises ModelFileError where ``rope_theta`` and ``rope_scaling`` give no finite ones.
+        """
         return rope_frequencies(
             head_dim=self.head_dim, theta=self.rope_theta, scaling=self.rope_scaling
         )
@@ -200,9 +202,10 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
             f"config.json: model_type {model_type!r} is not supported ({', '.join(MODEL_TYPES)})"
         )
     architectures = config.get("architectures") or ["ForCausalLM"]
-    if not any(str(name).endswith("ForCausalLM") for name in architectures):
+    names = architectures if isinstance(architectures, list) else [architectures]
+    if not any(str(name).endswith("ForCausalLM") for name in names):
         raise UnsupportedError(
-            f"config.json: architecture {architectures[0]} is not supported "
+            f"config.json: architecture {names[0]} is not supported "
             "(LlamaForCausalLM, MistralForCausalLM)"
         )
     if quantization := config.get("quantization_config"):
@@ -225,8 +228,18 @@ def _sliding_window(config: Mapping[str, Any]) -> int:
     return _integer(config, "sliding_window", 4096)
 
 
-def _rope_type(rope: Mapping[str, Any]) -> str:
-    return str(rope.get("rope_type") or rope.get("type") or "default")
+def _rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope_parameters`` or ``rope_scaling``, with what some checkpoints keep beside them."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ModelFileError(
+            f"config.json: rope_scaling must be null or an object, found {reprlib.repr(rope)}"
+        )
+    beside = {"partial_rotary_factor": config.get("partial_rotary_factor"), **rope}
+    kind = rope.get("rope_type") or rope.get("type")
+    if kind in ("dynamic", "llama3", "yarn") and "original_max_position_embeddings" in config:
+        beside["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+    return beside
 
 
 def _integer(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -235,8 +248,11 @@ def _integer(values: Mapping[str, Any], key: str, default: int | None = None) ->
         value = default
     if value is None:
         raise ModelFileError(f"config.json: {key} is missing")
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ModelFileError(f"config.json: {key} must be an integer, found {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_SIZE:
+        raise ModelFileError(
+            f"config.json: {key} must be an integer from 0 to {_MAX_SIZE}, "
+            f"found {reprlib.repr(value)}"
+        )
     return value
 
 
@@ -244,13 +260,16 @@ def _number(values: Mapping[str, Any], key: str, default: float | None = None) -
     value = values.get(key)
     if value is None:
         value = default
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ModelFileError(f"config: {key} must be a number, found {value!r}")
-    return float(value)
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    except OverflowError:  # an integer that no float can hold
+        pass
+    raise ModelFileError(f"config: {key} must be a number, found {reprlib.repr(value)}")
 
 
 def _require_int(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ModelFileError(
-            f"config: {name} must be an integer from {low} to {high}, found {value!r}"
+            f"config: {name} must be an integer from {low} to {high}, found {reprlib.repr(value)}"
         )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from tmac_py import _core
 from tmac_py.errors import ModelFileError
 from tmac_py.lutfile import LutFile
-
-Tables = Literal["int8", "exact"]
+from tmac_py.packing import open_linear
+from tmac_py.spec import Tables
 
 
 def build_decoder(file: LutFile, tables: Tables) -> _core.Decoder:
@@ -24,15 +22,7 @@ def build_decoder(file: LutFile, tables: Tables) -> _core.Decoder:
     def linear(name: str) -> _core.Linear:
         packed, spec = file.linear(f"{name}.weight")
         try:
-            return _core.Linear(
-                packed,
-                m=spec.m,
-                k=spec.k,
-                bits=spec.bits,
-                group_size=spec.group_size,
-                offset_kind=spec.offset_kind,
-                zero=spec.zero,
-            )
+            return open_linear(packed, spec)
         except ValueError as error:
             raise ModelFileError(f"{file.path}: tensor {name}.weight: {error}") from error
 

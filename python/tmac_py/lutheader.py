@@ -7,13 +7,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import xxhash
 
 from tmac_py.config import ModelConfig
 from tmac_py.errors import ModelFileError, TmacError
-from tmac_py.spec import LAYOUT, LinearSpec
+from tmac_py.quant import MAX_BITS
+from tmac_py.spec import LAYOUT, LinearSpec, OffsetKind
 
 FORMAT_VERSION = 1
 """Version written into, and the newest one read from, a .lut file."""
@@ -24,6 +25,7 @@ MAX_HEADER_BYTES = 100_000_000  # the safetensors limit
 
 _NO_CHECKSUM = "0" * 32
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")
+_VERSION = re.compile(r"[0-9]{1,9}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _METADATA_KEYS = ("tmac.config", "tmac.tensors", "tmac.source", "tmac.header")
 _ROW_TILE = 32
@@ -76,13 +78,13 @@ def check_spec(spec: LinearSpec) -> None:
     for field, value in (("m", spec.m), ("k", spec.k), ("group_size", spec.group_size)):
         if not _is_count(value) or not 1 <= value < 2**31:
             raise ModelFileError(f"{field} must be a positive integer, found {value!r}")
-    if not _is_count(spec.bits) or not 1 <= spec.bits <= 8:
-        raise ModelFileError(f"bits must be 1 to 8, found {spec.bits!r}")
+    if not _is_count(spec.bits) or not 1 <= spec.bits <= MAX_BITS:
+        raise ModelFileError(f"bits must be 1 to {MAX_BITS}, found {spec.bits!r}")
     if spec.group_size != spec.k and spec.group_size % 4:
         raise ModelFileError(
             f"group_size must be a multiple of 4, or k ({spec.k}), found {spec.group_size}"
         )
-    if spec.offset_kind not in ("none", "offset", "zero"):
+    if spec.offset_kind not in get_args(OffsetKind):
         raise ModelFileError(
             f"offset_kind must be none, offset or zero, found {spec.offset_kind!r}"
         )
@@ -184,8 +186,8 @@ def parse_header(text: bytes, *, data_bytes: int) -> Header:
 
 
 def _check_version(version: object) -> None:
-    if not isinstance(version, str) or not version.isdecimal():
-        raise ModelFileError(f"format version {version!r} is not a number")
+    if not isinstance(version, str) or not _VERSION.fullmatch(version):
+        raise ModelFileError(f"format version {str(version)[:20]!r} is not a number")
     if int(version) > FORMAT_VERSION:
         raise ModelFileError(
             f"written in format version {version}, newer than version {FORMAT_VERSION} that this "

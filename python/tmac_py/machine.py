@@ -8,6 +8,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+MAX_THREADS = 1024
+"""The most threads that the core computes with."""
+
 _ARM_PARTS = {
     "0xd03": "Cortex-A53",
     "0xd05": "Cortex-A55",

@@ -12,17 +12,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from tmac_py import _core
 from tmac_py.chat import ChatTemplate, Message, find_template
-from tmac_py.checks import check_whole
+from tmac_py.checks import check_tables, check_threads, check_whole
 from tmac_py.config import ModelConfig
+from tmac_py.decoder import build_decoder
 from tmac_py.errors import ContextError, ModelFileError, OptionError, TmacError
 from tmac_py.generate import PREFILL_CHUNK, Result, Token, check_stop, stream_tokens
 from tmac_py.lutfile import LutFile
-from tmac_py.machine import default_threads
+from tmac_py.pool import thread_pool
 from tmac_py.sampling import Sampler, SamplingParams, new_seed
+from tmac_py.spec import Tables
 from tmac_py.tokenizer import IncrementalDecoder, Tokenizer
-from tmac_py.weights import Tables, build_decoder
 
-MAX_THREADS = 1024
+_BUSY = "in use by another thread"
+"""What the core says of such a cache."""
 
 Ids = NDArray[np.int32]
 Logits = NDArray[np.float32]
@@ -48,14 +50,14 @@ class Model:
         """Build from an open file, which the model then owns; :meth:`load` is the usual way."""
         self.path = path
         self.config: ModelConfig = file.config
-        self.threads = _check_threads(threads)
-        self.tables = _check_tables(tables)
+        self.threads = check_threads(threads)
+        self.tables = check_tables(tables)
         files = file.tokenizer
         self._tokenizer = Tokenizer(files, bos_id=file.config.bos_token_id) if files else None
         settings = self._tokenizer.config if self._tokenizer else {}
         self._template_source = find_template(files, settings)
         self._template: ChatTemplate | None = None
-        self._pool = _core.ThreadPool(self.threads)
+        self._pool = thread_pool(self.threads)
         self._decoder: _core.Decoder | None = build_decoder(file, self.tables)
         self._file = file
 
@@ -72,17 +74,18 @@ class Model:
 
         Args:
             path: the file.
-            threads: 1 to 1024; None takes the machine's performance cores.
-            tables: lookup tables of "int8" (fast) or "exact" (16 bits: the rounding of the tables
-                does not show in the result).
+            threads: 1 to 1024; None takes the performance cores that this process may use (CPU
+                affinity and quota included). Models with the same number share the threads.
+            tables: lookup tables of "int8" (fast) or "exact" (activations rounded to 14 bits, exact
+                sums).
             check: compare all tensors with their checksums first.
 
         Raises:
             ModelFileError: the file is missing, damaged, or of another version.
             OptionError: an argument is not allowed.
         """
-        _check_threads(threads)
-        _check_tables(tables)
+        check_threads(threads)
+        check_tables(tables)
         file = LutFile.open(path, check=check)
         try:
             return cls(file, Path(path), threads=threads, tables=tables)
@@ -147,7 +150,7 @@ class Model:
 
         Raises:
             ContextError: the cache has no room for so many.
-            OptionError: an id is outside the vocabulary.
+            OptionError: an id is outside the vocabulary, or the cache is another model's.
             TmacError: another thread uses the cache, or the model is closed.
         """
         checked = self._check_ids(ids)
@@ -160,9 +163,13 @@ class Model:
             raise OptionError(f"logits is {logits!r}; allowed: 'last', 'all'")
         try:
             out = self._open_decoder().forward(checked, cache, self._pool, logits=logits)
-        except RuntimeError as error:  # another thread uses the cache
+        except ValueError as error:
+            raise OptionError(str(error)) from error
+        except RuntimeError as error:
+            if _BUSY not in str(error):
+                raise
             raise TmacError(str(error)) from error
-        return out.reshape(-1, out.shape[-1]) if logits == "all" else out.reshape(-1)
+        return out if logits == "all" else out[0]
 
     def logits(self, ids: ArrayLike) -> Logits:
         """Logits after each of ``ids`` from an empty context: float32 [n, vocab].
@@ -388,18 +395,6 @@ def _room(n_ctx: int, pos: int, n_prompt: int, max_tokens: int) -> int:
             "and must leave room for at least one more"
         )
     return room if max_tokens == -1 else min(room, max_tokens)
-
-
-def _check_threads(threads: int | None) -> int:
-    if threads is None:
-        return default_threads()
-    return check_whole("threads", threads, 1, MAX_THREADS)
-
-
-def _check_tables(tables: Tables) -> Tables:
-    if tables not in ("int8", "exact"):
-        raise OptionError(f"tables is {tables!r}; allowed: 'int8', 'exact'")
-    return tables
 
 
 def _check_max_tokens(max_tokens: int) -> int:

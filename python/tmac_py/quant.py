@@ -91,7 +91,7 @@ class QuantTensor:
                 raise ValueError(
                     f"{name} {values.dtype}{list(values.shape)}: float16{list(wanted)} is needed"
                 )
-        if self.bits < 8 and int(self.codes.max()) >= 1 << self.bits:
+        if self.bits < MAX_BITS and int(self.codes.max()) >= 1 << self.bits:
             raise ValueError(f"code {int(self.codes.max())} does not fit in {self.bits} bits")
 
     @property

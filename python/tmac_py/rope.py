@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import reprlib
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,15 +56,34 @@ def normalize_rope_scaling(
         original = given.setdefault("original_max_position_embeddings", max_position_embeddings)
         if kind == "yarn" and isinstance(original, int) and original > 0:
             given.setdefault("factor", max_position_embeddings / original)
+    elif kind == "dynamic":
+        _check_dynamic(given.pop("original_max_position_embeddings", None), max_position_embeddings)
     result = {"rope_type": kind, **given}
     check_rope_scaling(result)
     return result
 
 
+def _check_dynamic(original: object, max_position_embeddings: int) -> None:
+    """Refuse a context longer than the original one, where "dynamic" is no longer plain RoPE."""
+    if original is None:
+        return
+    if not _is_positive(original):
+        raise ModelFileError(
+            "rope_scaling: original_max_position_embeddings must be positive, "
+            f"found {reprlib.repr(original)}"
+        )
+    if original < max_position_embeddings:
+        raise UnsupportedError(
+            f"rope type 'dynamic' is supported within the original context only: "
+            f"max_position_embeddings ({max_position_embeddings}) is larger than "
+            f"original_max_position_embeddings ({original})"
+        )
+
+
 def check_rope_scaling(scaling: Mapping[str, Any]) -> None:
     """Raise UnsupportedError or ModelFileError, naming the key, unless ``scaling`` can be used."""
     kind = scaling.get("rope_type")
-    if kind not in _REQUIRED:
+    if not isinstance(kind, str) or kind not in _REQUIRED:
         raise UnsupportedError(f"rope type {kind!r} is not supported ({', '.join(ROPE_TYPES)})")
     required = _REQUIRED[kind]
     optional = (*_YARN_OPTIONAL, "truncate") if kind == "yarn" else ()
@@ -82,7 +103,9 @@ def check_rope_scaling(scaling: Mapping[str, Any]) -> None:
         else:
             valid = _is_positive(value)
         if not valid:
-            raise ModelFileError(f"rope_scaling: {key} must be positive, found {value!r}")
+            raise ModelFileError(
+                f"rope_scaling: {key} must be positive, found {reprlib.repr(value)}"
+            )
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise ModelFileError("rope_scaling: high_freq_factor must be larger than low_freq_factor")
 
@@ -93,8 +116,24 @@ def rope_frequencies(
     """Inverse frequencies float32 ``[head_dim / 2]`` and the factor on cos and sin.
 
     "dynamic" is plain RoPE here: it changes frequencies only beyond ``max_position_embeddings``,
-    which is where a context ends.
+    which is where a context ends. Raises ModelFileError where the numbers give no finite ones.
     """
+    try:
+        with np.errstate(all="ignore"):
+            freq, attention_scale = _frequencies(head_dim=head_dim, theta=theta, scaling=scaling)
+    except (ArithmeticError, ValueError):
+        freq, attention_scale = np.full(1, np.inf, np.float32), math.inf
+    if not (np.isfinite(freq).all() and math.isfinite(attention_scale)):
+        raise ModelFileError(
+            f"rope_theta {theta:g} and rope_scaling {reprlib.repr(scaling)} give no finite "
+            "frequencies"
+        )
+    return freq, attention_scale
+
+
+def _frequencies(
+    *, head_dim: int, theta: float, scaling: Mapping[str, Any] | None
+) -> tuple[NDArray[np.float32], float]:
     plain = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     kind = scaling["rope_type"] if scaling else "default"
     attention_scale = 1.0
@@ -161,10 +200,8 @@ def _yarn_attention_scale(scaling: Mapping[str, Any]) -> float:
     return mscale(1.0)
 
 
-def _is_positive(value: object) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value > 0
-    )
+def _is_positive(value: object) -> TypeGuard[float]:
+    """Whether ``value`` is a number above 0 that a float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 < value <= sys.float_info.max

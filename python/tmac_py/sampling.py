@@ -34,8 +34,8 @@ class SamplingParams:
         top_p: choose among the fewest tokens whose probabilities reach it; 1 = all.
         min_p: drop tokens less likely than this share of the most likely one; 0 = none.
         repeat_penalty: divides positive and multiplies negative logits of recent tokens; 1 = off.
-        repeat_last_n: how many tokens, prompt included, the three penalties look back at; 0 = none,
-            -1 = all.
+        repeat_last_n: how many tokens of prompt and answer the three penalties look back at (not
+            at those a given KV cache already held); 0 = none, -1 = all.
         presence_penalty: subtracted once from the logit of every recent token; 0 = off.
         frequency_penalty: subtracted for each time a recent token occurs; 0 = off.
         seed: the same seed gives the same tokens; None draws one.

@@ -7,6 +7,9 @@ from typing import Literal
 
 OffsetKind = Literal["none", "offset", "zero"]
 
+Tables = Literal["int8", "exact"]
+"""Lookup tables: 8 bits with a scale per 16 weights, or activations of 14 bits and exact sums."""
+
 LAYOUT = "planes421-m32"
 """Name of the only packed layout of this version (docs/lut-format.md)."""
 

@@ -18,7 +18,13 @@ class Tokenizer:
         files: file name -> content: "tokenizer.json" (preferred) or "tokenizer.model", and
             optionally "tokenizer_config.json" (``add_bos_token``, ``bos_token``, ``eos_token``,
             ``legacy``, ``added_tokens_decoder`` as transformers writes them).
-        bos_id: id of the begin-of-text token; by default the one that ``bos_token`` names.
+        bos_id: id of the begin-of-text token where the files name none (``bos_token``).
+
+    Attributes:
+        bos_id, bos_token, eos_token: the begin- and end-of-text tokens, None where there is none.
+
+    Text starts with the begin-of-text token if ``add_bos_token`` says so. Where that is not given,
+    a tokenizer.json has a rule of its own, and with a tokenizer.model text does.
 
     Raises:
         ModelFileError: a file is missing or cannot be read.
@@ -32,17 +38,19 @@ class Tokenizer:
         self._backend = open_backend(files, self.config)
         self.bos_token = _token_text(self.config.get("bos_token"))
         self.eos_token = _token_text(self.config.get("eos_token"))
-        if bos_id is None and self.bos_token is not None:
-            bos_id = self._backend.id_of(self.bos_token)
+        prefix = self._backend.own_prefix()
+        named = None if self.bos_token is None else self._backend.id_of(self.bos_token)
+        if named is not None:
+            bos_id = named
+        elif bos_id is None and prefix:
+            bos_id = prefix[0]
         self.bos_id = bos_id
         if self.bos_token is None and bos_id is not None:
             self.bos_token = self._backend.piece(bos_id)
-        self._add_bos = self._bos_rule()
-
-    def _bos_rule(self) -> bool | None:
-        """Whether text starts with BOS; None leaves it to the rule inside tokenizer.json."""
         rule = self.config.get("add_bos_token")
-        return rule if isinstance(rule, bool) else self._backend.default_add_bos
+        if isinstance(rule, bool) or prefix is None:
+            prefix = [] if rule is False or bos_id is None else [bos_id]
+        self._prefix = prefix
 
     @property
     def vocab_size(self) -> int:
@@ -74,7 +82,8 @@ class Tokenizer:
         Args:
             text: any text; the empty text has no tokens of its own.
             add_special: put the begin-of-text token in front where the model wants one. It is never
-                put there twice: a text that already begins with it keeps the one it has.
+                put there twice: a text that already begins with it keeps the one it has. No end
+                token is added.
             parse_special: read marks such as ``<|im_end|>`` in the text as special tokens; False
                 encodes them as the characters they are made of.
 
@@ -88,13 +97,10 @@ class Tokenizer:
                 f"the text is not valid Unicode: character {error.start} is "
                 f"U+{ord(text[error.start]):04X}, half of a surrogate pair"
             ) from error
-        own_rule = add_special and self._add_bos is None
-        ids = self._backend.encode(text, add_special=own_rule, parse_special=parse_special)
-        if self.bos_id is None or not add_special:
+        ids = self._backend.encode(text, parse_special=parse_special)
+        if not add_special or ids[: len(self._prefix)] == self._prefix:
             return ids
-        if self._add_bos and ids[:1] != [self.bos_id]:
-            return [self.bos_id, *ids]
-        return ids[1:] if own_rule and ids[:2] == [self.bos_id] * 2 else ids
+        return self._prefix + ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, special tokens are left out."""

@@ -37,15 +37,14 @@ class Backend(Protocol):
         """True when the first space of a decoded text belongs to the encoding, not to the text."""
 
     @property
-    def default_add_bos(self) -> bool | None:
-        """Whether text starts with BOS where no setting says so; None: ``encode`` knows."""
-
-    @property
     def special_ids(self) -> frozenset[int]:
         """Ids that structure text and are not part of it (begin, end, chat marks)."""
 
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Ids of ``text``; ``add_special`` lets the file's own rule add begin and end tokens."""
+    def own_prefix(self) -> list[int] | None:
+        """Ids that the file itself wants before a text; None where it does not say, meaning BOS."""
+
+    def encode(self, text: str, *, parse_special: bool) -> list[int]:
+        """Ids of ``text``, nothing added."""
 
     def piece(self, token_id: int) -> str | None:
         """The token as the vocabulary writes it, or None for an id it does not have."""
@@ -59,8 +58,6 @@ class Backend(Protocol):
 
 class _JsonBackend:
     """A tokenizer.json, read by the ``tokenizers`` library."""
-
-    default_add_bos = None
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -98,9 +95,20 @@ class _JsonBackend:
         tokenizer.encode_special_tokens = True
         return tokenizer
 
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+    def own_prefix(self) -> list[int]:
+        try:
+            whole: list[int] = self._tokenizer.encode("a").ids
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust; it cannot be imported
+                raise
+            raise ModelFileError(f"tokenizer.json cannot be used: {error}") from None
+        text = self.encode("a", parse_special=True)
+        ends = range(len(whole) - len(text) + 1)
+        return next((whole[:i] for i in ends if whole[i : i + len(text)] == text), [])
+
+    def encode(self, text: str, *, parse_special: bool) -> list[int]:
         tokenizer = self._tokenizer if parse_special else self._plain
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special).ids
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def piece(self, token_id: int) -> str | None:
@@ -130,8 +138,6 @@ class _SentencePieceBackend:
     first part alone does.
     """
 
-    default_add_bos = True
-
     def __init__(self, data: bytes, *, added: dict[str, int], legacy: bool) -> None:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -155,7 +161,10 @@ class _SentencePieceBackend:
         longest_first = sorted(filter(None, self._marks), key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:  # noqa: ARG002
+    def own_prefix(self) -> None:
+        return None
+
+    def encode(self, text: str, *, parse_special: bool) -> list[int]:
         if not parse_special:
             return list(self._model.encode(text))
         ids: list[int] = []

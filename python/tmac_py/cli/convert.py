@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dense.add_argument(
         "--search",
         choices=("minmax", "mse"),
-        default="mse",
-        help="range of a group: all of it, or the one with the least squared error (default: mse)",
+        help="range of a group: its smallest and largest weight, or the one with the least mean "
+        "squared error (default: mse)",
     )
 
 

@@ -8,30 +8,40 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from tmac_py.cli.models import find_model
 from tmac_py.cli.tables import format_bytes, format_table
 
 if TYPE_CHECKING:
     from tmac_py.config import ModelConfig
-    from tmac_py.lutfile import LutFile, TensorEntry
+    from tmac_py.lutfile import LutFile
+    from tmac_py.lutheader import TensorEntry
 
 _LAYER = re.compile(r"^model\.layers\.\d+\.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``tmac inspect``."""
-    parser.add_argument("model", metavar="MODEL.lut", help="the file to look at")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a .lut file, or the name of a model that was fetched"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument(
         "--no-check", action="store_true", help="do not read the tensors to verify their checksums"
     )
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="where fetched models are kept (default: $TMAC_CACHE, else the user's cache)",
+    )
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Print the report on stdout; returns the exit status. Raises ModelFileError for a bad file."""
+    """Print the report on stdout; returns the exit status. Raises TmacError for a bad file."""
     from tmac_py.lutfile import LutFile
 
-    with LutFile.open(args.model, check=not args.no_check) as file:
+    path = find_model(args.model, cache_dir=args.cache_dir)
+    with LutFile.open(path, check=not args.no_check) as file:
         info = collect(file, checked=not args.no_check, tensors=args.tensors)
         print(json.dumps(info, indent=2) if args.json else _report(file, info))
     return 0
@@ -130,7 +140,6 @@ def _facts(config: ModelConfig, info: dict[str, Any]) -> list[tuple[str, str]]:
     ties = "tied with the output matrix" if config.tie_word_embeddings else "separate lm_head"
     eos = ", ".join(map(str, config.eos_token_ids)) or "none"
     bos = "none" if config.bos_token_id is None else config.bos_token_id
-    added = " (added to prompts)" if config.add_bos_token else ""
     checksums = f"{info['checksums']} (xxh3-128 of the header and each tensor)"
     return [
         ("file", f"{info['path']}, {format_bytes(info['file_bytes'])}, format {info['format']}"),
@@ -147,7 +156,7 @@ def _facts(config: ModelConfig, info: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("context", f"{config.max_position_embeddings:,} tokens, {rope}"),
         ("vocabulary", f"{config.vocab_size:,} tokens, embeddings {ties}"),
-        ("tokens", f"begin {bos}{added}, end {eos}"),
+        ("tokens", f"begin {bos}, end {eos}"),
         ("parameters", f"{info['parameters']:,}"),
         (
             "weights",

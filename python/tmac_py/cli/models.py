@@ -13,25 +13,40 @@ def resolve_model(name: str, *, cache_dir: str | None, offline: bool, quiet: boo
     """The .lut file that ``name`` means: a path, or a model that is fetched into the cache.
 
     Raises:
-        TmacError: there is no such file, or it is a checkpoint that must be converted first.
+        TmacError: there is no such file, or the model cannot be fetched.
     """
     from tmac_py.default_model import DEFAULT_MODELS, ensure_model
 
-    if name in DEFAULT_MODELS:
-        if quiet:
-            return ensure_model(name, cache_dir=cache_dir, offline=offline)
-        from tmac_py.cli.progress import PhaseProgress
+    if name not in DEFAULT_MODELS:
+        return _existing(name)
+    if quiet:
+        return ensure_model(name, cache_dir=cache_dir, offline=offline)
+    from tmac_py.cli.progress import PhaseProgress
 
-        with PhaseProgress() as progress:
-            return ensure_model(name, cache_dir=cache_dir, offline=offline, progress=progress)
+    with PhaseProgress() as progress:
+        return ensure_model(name, cache_dir=cache_dir, offline=offline, progress=progress)
+
+
+def find_model(name: str, *, cache_dir: str | None) -> Path:
+    """The same, sound or not, without fetching anything.
+
+    Raises:
+        TmacError: there is no such file, or the model is not in the cache.
+    """
+    from tmac_py.default_model import DEFAULT_MODELS, cached_path
+
+    if name not in DEFAULT_MODELS:
+        return _existing(name)
+    path = cached_path(name, cache_dir)
+    if not path.exists():
+        raise TmacError(f"{name} is not in {path.parent}; fetch it with: tmac-run {name} -p Hello")
+    return path
+
+
+def _existing(name: str) -> Path:
+    from tmac_py.default_model import DEFAULT_MODELS
+
     path = Path(name)
-    if path.is_dir() or path.suffix.lower() in (".gguf", ".safetensors"):
-        kind = "a folder" if path.is_dir() else f"a {path.suffix.lower()[1:]} file"
-        if path.exists():
-            raise TmacError(
-                f"{path}: {kind}, not a .lut file; "
-                f"convert it first: tmac-convert {path} {path.stem or 'model'}.lut"
-            )
     if not path.exists():
         raise TmacError(f"{path}: no such file; models with a name: {', '.join(DEFAULT_MODELS)}")
     return path

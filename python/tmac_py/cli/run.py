@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from tmac_py.cli.models import DEFAULT_MODEL, resolve_model
 from tmac_py.errors import TmacError
+from tmac_py.machine import MAX_THREADS
+from tmac_py.spec import Tables
 
 if TYPE_CHECKING:
     from tmac_py.model import Model
-
-_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +45,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-t",
         "--threads",
-        type=_whole(1, 1024),
+        type=_whole(1, MAX_THREADS),
         metavar="N",
-        help="threads to compute with (default: the physical performance cores)",
+        help="threads to compute with (default: the performance cores that this process may use)",
     )
     group.add_argument(
         "-c",
@@ -61,9 +60,10 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--tables",
-        choices=("int8", "exact"),
+        choices=get_args(Tables),
         default="int8",
-        help="lookup tables of 8 bits, or of 16 that lose nothing and are slower (default: int8)",
+        help="lookup tables of 8 bits, or exact sums of activations rounded to 14 bits, which are "
+        "slower (default: int8)",
     )
     group.add_argument(
         "--cache-dir",
@@ -277,12 +277,13 @@ def _whole(low: int, high: int | None = None, *, unlimited: bool = False) -> Cal
         allowed += ", or -1"
 
     def parse(text: str) -> int:
-        value = int(text) if _NUMBER.fullmatch(text) else None
-        if value is not None:
-            if low <= value and (high is None or value <= high):
-                return value
-            if unlimited and value == -1:
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give {allowed}")
+        from tmac_py.checks import check_whole
+
+        try:
+            value = int(text)
+            return value if unlimited and value == -1 else check_whole("", value, low, high)
+        except ValueError:
+            message = f"{text!r} is not allowed; give {allowed}"
+            raise argparse.ArgumentTypeError(message) from None
 
     return parse

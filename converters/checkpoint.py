@@ -1,8 +1,10 @@
-"""What every reader returns: a checkpoint whose tensors are loaded one at a time."""
+"""A checkpoint, whose tensors are loaded one at a time, and what its readers share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmac_py.config import ModelConfig
-from tmac_py.errors import ModelFileError
+from tmac_py.errors import ModelFileError, TmacError
 from tmac_py.quant import MatrixLike, QuantTensor
 
 Shape = tuple[int, ...]
@@ -23,7 +25,10 @@ NO_TOKENIZER = "{} has no tokenizer that is supported: the model will run by tok
 """Warning of a reader; takes the path."""
 
 _MAX_NAMES = 8
-"""Tensor names listed per kind of complaint; the rest are counted."""
+"""Names listed per complaint; the rest are counted."""
+
+_END_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
+"""Special tokens that end an answer, whatever else a checkpoint states."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,6 @@ class Checkpoint:
     source: dict[str, str]
     tensors: Sequence[TensorSource]
     warnings: tuple[str, ...] = ()
-
-    @property
-    def n_tensors(self) -> int:
-        """Number of tensors, norms included."""
-        return len(self.tensors)
 
     @property
     def n_elements(self) -> int:
@@ -127,7 +127,7 @@ def check_tensors(
         if n in found and tuple(found[n]) != tuple(expected[n])
     ]
     complaints = [
-        f"{what}: {_listed(names)}"
+        f"{what}: {listed(names)}"
         for what, names in (
             ("missing", missing),
             ("not expected", extra),
@@ -139,7 +139,29 @@ def check_tensors(
         raise ModelFileError(f"{path}: tensors {'; '.join(complaints)}")
 
 
-def _listed(names: Iterable[str]) -> str:
-    every = list(names)
-    shown = ", ".join(every[:_MAX_NAMES])
-    return shown + (f" and {len(every) - _MAX_NAMES} more" if len(every) > _MAX_NAMES else "")
+def listed(names: Sequence[str]) -> str:
+    """``"a, b, c"``; of many names the first few and the number of the others."""
+    more = len(names) - _MAX_NAMES
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def end_token_ids(stated: Iterable[int | None], special: Mapping[str, int]) -> tuple[int, ...]:
+    """Ids of the tokens that end an answer: those a checkpoint states, then those known to.
+
+    ``stated`` may hold None and the same id twice; ``special`` maps the vocabulary's special tokens
+    to their ids.
+    """
+    ids = [*stated, *(special.get(text) for text in _END_TEXTS)]
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Make every TmacError raised inside begin with ``path`` or a file in that folder."""
+    try:
+        yield
+    except TmacError as error:
+        text = str(error)
+        if text.startswith((f"{path}:", f"{path}{os.sep}")):
+            raise
+        raise type(error)(f"{path}: {text}") from error
