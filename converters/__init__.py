@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from tmac_py.converters import gguf, huggingface
-from tmac_py.converters.checkpoint import HEADS, Checkpoint, Reader, TensorSource
+from tmac_py.converters.checkpoint import HEADS, Checkpoint, Reader, TensorSource, naming
 from tmac_py.errors import ModelFileError, UnsupportedError
 from tmac_py.lutwriter import LutWriter
 from tmac_py.packing import pack
@@ -126,7 +126,8 @@ def convert(
     if warn is not None:
         for text in checkpoint.warnings:
             warn(text)
-    convert_checkpoint(checkpoint, out, options, progress=progress)
+    with naming(Path(source)):
+        convert_checkpoint(checkpoint, out, options, progress=progress)
 
 
 def convert_checkpoint(

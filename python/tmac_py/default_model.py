@@ -79,9 +79,9 @@ DEFAULT_MODELS = {
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """The folder of converted models: the argument, else $TMAC_CACHE, else the user's cache."""
     if cache_dir is not None:
-        return Path(cache_dir).expanduser()
+        return Path(os.path.expanduser(cache_dir))  # noqa: PTH111 - Path's raises for "~nobody"
     if environment := os.environ.get("TMAC_CACHE"):
-        return Path(environment).expanduser()
+        return Path(os.path.expanduser(environment))  # noqa: PTH111
     return platformdirs.user_cache_path("tmac_py", appauthor=False)
 
 
@@ -291,6 +291,8 @@ def _pip_failure(requirement: str, log: str) -> str:
         )
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
     reason = (errors or lines or ["no message"])[-1]
+    if reason == "Exception:":  # pip met something it did not expect: its traceback ends with it
+        reason = lines[-1]
     if any("Retrying (" in line for line in lines):
         reason += " (the package index could not be reached)"
     return f"pip could not download {requirement}: {reason}"

@@ -59,6 +59,8 @@ class LutLinear:
     ) -> LutLinear:
         """Quantise a dense matrix by rounding to nearest, and pack it.
 
+        Scales are fp16: groups whose largest weight is below about 1e-4 lose precision.
+
         Args:
             w: ``[m, k]``, any real dtype, finite.
             bits: 1 to 8.

@@ -83,6 +83,8 @@ def _out_path(args: argparse.Namespace) -> Path:
         raise TmacError(f"{out}: is a folder; the name of a .lut file is needed")
     if out.exists() and Path(args.source).exists() and out.samefile(args.source):
         raise TmacError(f"{out}: is the source itself")
+    if out.exists() and not out.is_file():
+        raise TmacError(f"{out}: is not a regular file; the name of a .lut file is needed")
     if out.exists() and not args.force:
         raise TmacError(f"{out}: exists already; --force replaces it")
     if not out.absolute().parent.is_dir():

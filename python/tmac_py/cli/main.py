@@ -1,18 +1,21 @@
 """The program ``tmac`` and the short names of its subcommands; errors become one line here.
 
 Exit status: 0 done, 2 an error (one line on stderr), 130 ended by Ctrl-C, 141 the reader of stdout
-went away.
+went away, 128 + n ended by signal n.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from types import FrameType
 from typing import Any, NoReturn
 
 from tmac_py.errors import TmacError
@@ -158,6 +161,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse and run; every error that is not a fault of this program becomes one line."""
     args = argparse.Namespace(prog=parser.prog, debug=False)
+    _open_missing_streams()
+    _clean_up_when_told_to_end()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 still shows text
     try:
@@ -179,6 +184,25 @@ def _execute(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
         _let_go_of_stdout()
 
 
+def _open_missing_streams() -> None:
+    """Python has no sys.stdout or sys.stderr where the caller closed them: write to nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+
+
+def _clean_up_when_told_to_end() -> None:
+    """Let SIGTERM and SIGHUP unwind the program, so that no half-written file stays behind."""
+
+    def end(number: int, _frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        with contextlib.suppress(ValueError):  # a program that calls main() in another thread
+            if signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
+                signal.signal(getattr(signal, name), end)
+
+
 def _check_environment() -> None:
     """TmacError if TMAC_ISA names an instruction set that does not run here."""
     if os.environ.get("TMAC_ISA"):
@@ -195,7 +219,8 @@ def _one_line(error: BaseException) -> str:
         return "not enough memory"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _let_go_of_stdout() -> None:

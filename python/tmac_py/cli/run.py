@@ -188,7 +188,11 @@ def execute(args: argparse.Namespace) -> int:
         with closing(stream):
             answer.collect(stream, show=None if args.json else _show)
     if args.json:
-        print(json.dumps(answer.to_json(name, ids, sampling["seed"]), ensure_ascii=False))
+        print(
+            json.dumps(
+                answer.to_json(name, ids, sampling["seed"]), ensure_ascii=not _stdout_is_utf8()
+            )
+        )
     elif not answer.text.endswith("\n"):
         print(flush=True)
     if not args.quiet:
@@ -287,3 +291,7 @@ def _whole(low: int, high: int | None = None, *, unlimited: bool = False) -> Cal
             raise argparse.ArgumentTypeError(message) from None
 
     return parse
+
+
+def _stdout_is_utf8() -> bool:
+    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
