@@ -18,8 +18,8 @@ class AlignedBuffer {
  public:
   AlignedBuffer() = default;
   explicit AlignedBuffer(int64_t size)
-      : data_(static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(size),
-                                             std::align_val_t{kAlignment}))) {}
+      : data_(static_cast<T*>(
+            ::operator new(sizeof(T) * static_cast<size_t>(size), std::align_val_t{kAlignment}))) {}
   AlignedBuffer(AlignedBuffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
     std::swap(data_, other.data_);

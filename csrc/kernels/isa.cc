@@ -24,13 +24,10 @@ using Isa = TMAC_ISA_TYPE;
 #define TMAC_JOIN_(a, b) a##b
 #define TMAC_JOIN(a, b) TMAC_JOIN_(a, b)
 
-#define TMAC_TILES(parts)                                            \
-  {                                                                  \
-    multiply_tile<Isa, 1, parts>, multiply_tile<Isa, 2, parts>,      \
-        multiply_tile<Isa, 3, parts>, multiply_tile<Isa, 4, parts>,  \
-        multiply_tile<Isa, 5, parts>, multiply_tile<Isa, 6, parts>,  \
-        multiply_tile<Isa, 7, parts>, multiply_tile<Isa, 8, parts>   \
-  }
+#define TMAC_TILES(parts)                                                                    \
+  {multiply_tile<Isa, 1, parts>, multiply_tile<Isa, 2, parts>, multiply_tile<Isa, 3, parts>, \
+   multiply_tile<Isa, 4, parts>, multiply_tile<Isa, 5, parts>, multiply_tile<Isa, 6, parts>, \
+   multiply_tile<Isa, 7, parts>, multiply_tile<Isa, 8, parts>}
 
 }  // namespace
 

@@ -22,7 +22,8 @@ constexpr int kTableEntries = 16;
 enum class Tables : uint8_t {
   // int8 entries: round(signed sum / scale), |entry| <= 127.
   kInt8,
-  // Activations rounded to 14 bits (|x| <= 8128), their signed sums kept exactly in two int8 tables,
+  // Activations rounded to 14 bits (|x| <= 8128), their signed sums kept exactly in two int8
+  // tables,
   // low then high: sum = 255 * high + low. Base 255 makes both symmetric: |sum| <= 4 * 8128 = 32512
   // = 255 * 127 + 127.
   kExact,

@@ -48,10 +48,9 @@ void check_spec(const LinearSpec& spec) {
   check_argument(spec.m <= kMaxWeights / spec.k, "a matrix [", spec.m, ", ", spec.k,
                  "] has more than 2^48 weights");
   check_argument(spec.bits >= 1 && spec.bits <= kMaxBits, "bits must be 1 to 8, not ", spec.bits);
-  check_argument(
-      spec.group_size == spec.k || (spec.group_size >= 4 && spec.group_size < kMaxSide &&
-                                    spec.group_size % kTableWeights == 0),
-      "group_size must be a multiple of 4 or k (", spec.k, "), not ", spec.group_size);
+  check_argument(spec.group_size == spec.k || (spec.group_size >= 4 && spec.group_size < kMaxSide &&
+                                               spec.group_size % kTableWeights == 0),
+                 "group_size must be a multiple of 4 or k (", spec.k, "), not ", spec.group_size);
 }
 
 void pack(const LinearSpec& spec, const uint8_t* codes, const uint16_t* scales,

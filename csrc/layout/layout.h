@@ -42,18 +42,14 @@ struct LinearSpec {
   }
   int64_t n_chunks() const { return (n_groups() - 1) * group_chunks() + chunks_in(n_groups() - 1); }
   int64_t chunk_bytes() const { return kTileRows * bits; }
-  int64_t scale_bytes() const {
-    return 2 * kTileRows * (offset_kind == OffsetKind::kNone ? 1 : 2);
-  }
+  int64_t scale_bytes() const { return 2 * kTileRows * (offset_kind == OffsetKind::kNone ? 1 : 2); }
   int64_t tile_bytes() const {
     return round_up(n_chunks() * chunk_bytes() + n_groups() * scale_bytes(), kAlignment);
   }
   int64_t packed_bytes() const { return n_tiles() * tile_bytes(); }
   // True if chunk c holds weights 8c..8c+7 of k, whatever the group size: then every matrix over
   // the same activations can read the same tables.
-  bool contiguous_chunks() const {
-    return group_size % kChunkWeights == 0 || n_groups() == 1;
-  }
+  bool contiguous_chunks() const { return group_size % kChunkWeights == 0 || n_groups() == 1; }
 };
 
 // Throws std::invalid_argument naming the first field that is out of range.

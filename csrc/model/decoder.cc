@@ -18,10 +18,9 @@ void check_shape(const std::string& name, const Linear& w, int64_t m, int64_t k)
 }
 
 void check_model(const DecoderConfig& config, const DecoderWeights& weights) {
-  check_argument(config.n_heads >= 1 && config.n_kv_heads >= 1 &&
-                     config.n_heads % config.n_kv_heads == 0,
-                 "n_heads (", config.n_heads, ") must be a multiple of n_kv_heads (",
-                 config.n_kv_heads, ")");
+  check_argument(
+      config.n_heads >= 1 && config.n_kv_heads >= 1 && config.n_heads % config.n_kv_heads == 0,
+      "n_heads (", config.n_heads, ") must be a multiple of n_kv_heads (", config.n_kv_heads, ")");
   check_argument(config.head_dim >= 2 && config.head_dim % 2 == 0, "head_dim must be even, not ",
                  config.head_dim);
   check_argument(static_cast<int64_t>(config.inv_freq.size()) == config.head_dim / 2,
@@ -232,8 +231,7 @@ Decoder::~Decoder() = default;
 int64_t Decoder::most_spans() const {
   int64_t most = head_plan_.n_spans();
   for (const LayerPlans& p : plans_) {
-    most = std::max(
-        {most, p.qkv.n_spans(), p.o.n_spans(), p.gate_up.n_spans(), p.down.n_spans()});
+    most = std::max({most, p.qkv.n_spans(), p.o.n_spans(), p.gate_up.n_spans(), p.down.n_spans()});
   }
   return most;
 }

@@ -12,8 +12,8 @@ namespace tmac {
 KvCache::KvCache(int64_t n_layers, int64_t n_kv_heads, int64_t head_dim, int64_t n_ctx)
     : n_layers_(n_layers), n_kv_heads_(n_kv_heads), head_dim_(head_dim), n_ctx_(n_ctx) {
   for (const int64_t size : {n_layers, n_kv_heads, head_dim, n_ctx}) {
-    check_argument(size >= 1 && size <= int64_t{1} << 24,
-                   "KV cache sizes must be 1 to 2^24, not ", size);
+    check_argument(size >= 1 && size <= int64_t{1} << 24, "KV cache sizes must be 1 to 2^24, not ",
+                   size);
   }
   const double bytes = 4.0 * static_cast<double>(n_layers) * static_cast<double>(n_kv_heads) *
                        static_cast<double>(head_dim) * static_cast<double>(n_ctx);

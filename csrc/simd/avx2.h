@@ -53,10 +53,10 @@ struct Avx2 {
     I acc[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};  // rows 0-7 16-23, 8-15 24-31
     void add(B1 even, B1 odd) {
       const B ones = _mm256_set1_epi8(1);
-      acc[0] = _mm256_add_epi16(
-          acc[0], _mm256_maddubs_epi16(ones, _mm256_unpacklo_epi8(even, odd)));
-      acc[1] = _mm256_add_epi16(
-          acc[1], _mm256_maddubs_epi16(ones, _mm256_unpackhi_epi8(even, odd)));
+      acc[0] =
+          _mm256_add_epi16(acc[0], _mm256_maddubs_epi16(ones, _mm256_unpacklo_epi8(even, odd)));
+      acc[1] =
+          _mm256_add_epi16(acc[1], _mm256_maddubs_epi16(ones, _mm256_unpackhi_epi8(even, odd)));
     }
     I sum(int i) const {
       const I a = acc[i & 1];

@@ -29,9 +29,7 @@ struct Neon {
   struct Quad {
 #ifdef __ARM_FEATURE_DOTPROD
     I acc = vdupq_n_s32(0);
-    void add(B b) {
-      acc = vdotq_s32(acc, b, vreinterpretq_s8_u32(vdupq_n_u32(0x08040201)));
-    }
+    void add(B b) { acc = vdotq_s32(acc, b, vreinterpretq_s8_u32(vdupq_n_u32(0x08040201))); }
     I sum(int) const { return acc; }
 #else
     int16x8_t lo = vdupq_n_s16(0), hi = vdupq_n_s16(0);  // |8 p3| <= 1016 a table, 4 tables a block
@@ -85,12 +83,8 @@ struct Neon {
   static F set(float x) { return vdupq_n_f32(x); }
   static F load_f(const float* p) { return vld1q_f32(p); }
   static void store_f(float* p, F f) { vst1q_f32(p, f); }
-  static F load_half(const uint16_t* p) {
-    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
-  }
-  static void store_half(uint16_t* p, F f) {
-    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(f)));
-  }
+  static F load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static void store_half(uint16_t* p, F f) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(f))); }
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F sub(F a, F b) { return vsubq_f32(a, b); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }

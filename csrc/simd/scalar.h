@@ -98,7 +98,8 @@ struct Scalar {
   }
   static I exponent_of_two(const I& n) {  // bits of 2^n
     I r;
-    for (int i = 0; i < 4; ++i) r.v[i] = static_cast<int32_t>(static_cast<uint32_t>(n.v[i] + 127) << 23);
+    for (int i = 0; i < 4; ++i)
+      r.v[i] = static_cast<int32_t>(static_cast<uint32_t>(n.v[i] + 127) << 23);
     return r;
   }
   static F as_float(const I& a) {

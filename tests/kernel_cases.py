@@ -1,0 +1,235 @@
+"""Matrix products that every kernel must get right; run in this process and under emulators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reference import EXACT_MAX, INT8_MAX, Product, chunked, product
+from tmac_py.quant import QuantTensor, quantize_rtn, symmetric_zero
+from tmac_py.spec import OffsetKind
+
+TABLES = ("int8", "exact")
+BITS = range(1, 9)
+
+# Sizes to combine. The five lists are of coprime lengths: cycling through all of them at once
+# meets every pair of two lists' values within the product of the two lengths.
+KINDS: tuple[OffsetKind, ...] = ("none", "zero", "offset")
+TOKENS = (1, 2, 3, 5, 17)
+ROWS = (1, 31, 32, 33, 96, 2, 64)
+COLUMNS = (4, 37, 60, 64, 68, 256, 1, 4096)
+GROUPS = (4, 16, 20, 32, 48, 64, 128, 4096, 8, 12, 24)  # cut to k: the whole row
+N_SHAPES = len(COLUMNS) * len(GROUPS)
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """y [n, m] = x [n, k] times the transpose of q [m, k]."""
+
+    name: str
+    q: QuantTensor
+    x: NDArray[np.float32]
+    tables: str
+    threads: int = 1
+    exact: bool = False
+    """All arithmetic stays within float32's integers: y must be equal, not close."""
+
+    @cached_property
+    def products(self) -> list[Product | None]:
+        """One for each token whose activations are finite."""
+        finite = [bool(np.isfinite(x).all()) for x in self.x]
+        return [
+            product(self.q, x, self.tables) if good else None
+            for x, good in zip(self.x, finite, strict=True)
+        ]
+
+    @property
+    def stays_exact(self) -> bool:
+        return all(p is None or p.integer_size < 2.0**24 for p in self.products)
+
+    def check(self, y: NDArray[np.float32]) -> None:
+        assert y.shape == (len(self.x), self.q.m)
+        for token, (got, want) in enumerate(zip(y, self.products, strict=True)):
+            where = f"{self.name}, token {token}"
+            if want is None:
+                assert np.isnan(got).all(), f"{where}: {got}"
+            elif self.exact:
+                np.testing.assert_array_equal(got, want.y, where)
+            else:
+                off = np.abs(got - want.y)
+                assert (off <= want.tolerance).all(), (
+                    f"{where}: off by {np.max(off / want.tolerance):.3g} times the bound"
+                )
+
+
+def integer_matrix(
+    rng: np.random.Generator, m: int, k: int, bits: int, group_size: int, kind: OffsetKind
+) -> QuantTensor:
+    """Random codes; scales are a power of two for each row, of either sign in each group."""
+    group_size = min(group_size, k)
+    shape = (m, -(-k // group_size))
+    scales = rng.choice([-1.0, 1.0], shape) * 2.0 ** rng.integers(-6, 7, (m, 1))
+    centre = int(symmetric_zero(bits))
+    offsets = None
+    if kind == "zero":
+        offsets = rng.integers(max(0, centre - 3), min(2**bits, centre + 4), shape)
+    elif kind == "offset":
+        offsets = -scales * rng.integers(centre - 3, centre + 4, shape)
+    return QuantTensor(
+        codes=rng.integers(0, 2**bits, (m, k), np.uint8),
+        scales=scales.astype(np.float16),
+        offsets=None if offsets is None else offsets.astype(np.float16),
+        bits=bits,
+        group_size=group_size,
+        offset_kind=kind,
+        zero=symmetric_zero(bits) if kind == "none" else 0.0,
+    )
+
+
+def integer_activations(
+    rng: np.random.Generator, q: QuantTensor, tables: str, step: int, quiet: int
+) -> NDArray[np.float32]:
+    """x [k] of integers, all multiples of `step`, whose tables have scale 1.
+
+    int8 tables: in one table of each block |x0|+..+|x3| is 127. Exact tables: in each block one
+    |x| is 8128. The others are at most `quiet`.
+    """
+    x = rng.integers(-quiet // step, quiet // step, q.k, endpoint=True) * step
+    for block in chunked(q)[0]:
+        at = rng.choice(block[block < q.k])
+        if tables == "exact":
+            x[at] = EXACT_MAX * rng.choice([-1, 1])
+        else:
+            table = next(t for t in block.reshape(-1, 4) if at in t)
+            table = table[table < q.k]
+            x[at] = 0
+            x[at] = (INT8_MAX - np.abs(x[table]).sum()) * rng.choice([-1, 1])
+    return x.astype(np.float32)
+
+
+def integer_case(
+    rng: np.random.Generator, q: QuantTensor, tables: str, n: int, name: str
+) -> LinearCase:
+    """The loudest activations, and the finest, with which all sums stay exact."""
+    loudest = 31 if tables == "int8" else EXACT_MAX
+    steps = (1,) if tables == "int8" else (1, 8, 64)  # 8128 = 127 * 64
+    for step in steps if q.k <= 256 else steps[-1:]:
+        quiet = loudest
+        while quiet >= step:
+            x = [integer_activations(rng, q, tables, step, quiet) for _ in range(n)]
+            case = LinearCase(name, q, np.stack(x), tables, exact=True)
+            if replace(case, x=case.x[:1]).stays_exact and case.stays_exact:
+                return case
+            quiet //= 4
+    raise AssertionError(f"{name}: no activations keep the sums exact")
+
+
+@cache
+def integer_cases(tables: str, bits: int) -> list[LinearCase]:
+    cases = []
+    for i in range(N_SHAPES):
+        kind, n, m = KINDS[i % 3], TOKENS[i % 5], ROWS[i % 7]
+        k, group_size = COLUMNS[i % 8], GROUPS[i % 11]
+        rng = np.random.default_rng([bits, i])
+        q = integer_matrix(rng, m, k, bits, group_size, kind)
+        name = f"{kind} m={m} k={k} group_size={q.group_size} n={n}"
+        cases.append(integer_case(rng, q, tables, n, name))
+    return cases
+
+
+def random_activations(rng: np.random.Generator, kind: str, n: int, k: int) -> NDArray[np.float32]:
+    if kind == "gaussian":
+        x = rng.normal(size=(n, k))
+    elif kind == "heavy-tailed":
+        x = rng.standard_t(3, (n, k))
+    elif kind == "outlier":
+        x = rng.normal(size=(n, k))
+        x[np.arange(n), rng.integers(k, size=n)] = 1e30
+    elif kind == "denormal":  # some blocks are too small for a table and count as zero
+        x = rng.normal(size=(n, k)) * np.repeat(
+            rng.choice([1e-39, 1e-30, 1e-36], (n, 128)), k // 128, 1
+        )
+    else:
+        assert kind == "tiny and huge"
+        x = rng.normal(size=(n, k)) * 10.0 ** rng.integers(-20, 20, (n, k))
+    return x.astype(np.float32)
+
+
+@cache
+def float_cases(tables: str, bits: int) -> list[LinearCase]:
+    rng = np.random.default_rng(bits)
+    cases = []
+    for kind in ("gaussian", "heavy-tailed", "outlier", "denormal", "tiny and huge"):
+        for m, k, group_size, asym in (
+            (33, 256, 64, False),
+            (96, 1024, 20, True),
+            (1, 4096, -1, True),
+        ):
+            w = rng.standard_t(4, (m, k)).astype(np.float32) * np.float32(0.05)
+            q = quantize_rtn(w, bits=bits, group_size=group_size, asym=asym)
+            x = random_activations(rng, kind, 3, k)
+            cases.append(LinearCase(f"{kind} m={m} k={k} asym={asym}", q, x, tables))
+    return cases
+
+
+def extreme_codes(bits: int, k: int) -> NDArray[np.uint8]:
+    """Rows of codes at the ends of their range: all upper, all lower, alternating both ways."""
+    top = 2**bits - 1
+    rows = [[top, top], [0, 0], [top, 0], [0, top]]
+    return np.array([np.resize(rows[r % 4], k) for r in range(33)], np.uint8)
+
+
+def extreme_activations(k: int, largest: int) -> NDArray[np.float32]:
+    """The same patterns in the signs of x, in every position and in one of each table: the sums
+    of matching rows are the largest that accumulators meet."""
+    signs = np.array([np.resize(p, k) for p in ([1, 1], [-1, -1], [1, -1], [-1, 1])])
+    one_of_four = np.arange(k) % 4 == 0
+    patterns = np.concatenate([signs, signs * one_of_four])
+    return (patterns * largest).astype(np.float32)
+
+
+@cache
+def extreme_cases(tables: str, bits: int) -> list[LinearCase]:
+    """Accumulators at their bounds, zeros, NaN and infinity."""
+    cases = []
+    for kind in KINDS:
+        for k, group_size in ((4096, 4096), (4096, 128), (4096, 16), (60, 20)):
+            rng = np.random.default_rng(0)
+            q = integer_matrix(rng, 33, k, bits, group_size, kind)
+            q = replace(q, codes=extreme_codes(bits, k))
+            x = extreme_activations(k, INT8_MAX if tables == "int8" else EXACT_MAX)
+            name = f"extreme {kind} k={k} group_size={group_size}"
+            cases.append(LinearCase(name, q, x, tables, exact=True))
+            assert cases[-1].stays_exact, name
+    q = integer_matrix(np.random.default_rng(1), 33, 4096, bits, 64, "zero")
+    cases.append(LinearCase("zeros", q, np.zeros((2, 4096), np.float32), tables, exact=True))
+    return [*cases, *non_finite_cases(tables, bits)]
+
+
+def non_finite_cases(tables: str, bits: int) -> Iterator[LinearCase]:
+    """NaN and infinities in some tokens: these tokens are NaN, their neighbours as ever."""
+    for k, group_size in ((4096, 64), (37, 20)):
+        rng = np.random.default_rng(bits)
+        q = integer_matrix(rng, 33, k, bits, group_size, "offset")
+        good = integer_case(rng, q, tables, 7, f"NaN and infinity k={k}")
+        x = good.x.copy()
+        for token, value, at in ((1, np.nan, 0), (3, np.inf, k // 2), (5, -np.inf, k - 1)):
+            x[token, at] = value
+        yield replace(good, x=x)
+
+
+def invariance_case(tables: str, bits: int) -> LinearCase:
+    """Ordinary floats in enough tiles and tokens to be dealt out to threads in many ways."""
+    rng = np.random.default_rng(bits)
+    q = quantize_rtn(
+        rng.normal(size=(300, 296)).astype(np.float32), bits=bits, group_size=48, asym=True
+    )
+    return LinearCase("invariance", q, random_activations(rng, "gaussian", 37, 296), tables)
+
+
+def all_cases(tables: str, bits: int) -> list[LinearCase]:
+    return [*integer_cases(tables, bits), *float_cases(tables, bits), *extreme_cases(tables, bits)]

@@ -1,0 +1,218 @@
+// Runs test cases that tests/selftest_program.py wrote, so that the suite reaches instruction sets
+// that only an emulator offers, builds with sanitizers, and kernels without a Python binding.
+//
+//   tmac_selftest isas                        the instruction sets that run here, one a line
+//   tmac_selftest run ISA CASES RESULTS       every case of one file, results into another
+//   tmac_selftest stress ROUNDS               the thread pool under stress
+//
+// CASES is a sequence of records: int64 fields, float fields, arrays, without padding, in the
+// byte order of the machine (little-endian on all that we build for). RESULTS is the outputs.
+
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "core/check.h"
+#include "ops/linear.h"
+#include "stress.h"
+
+namespace tmac {
+namespace {
+
+class Reader {
+ public:
+  explicit Reader(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    require(file.good(), "cannot read " + path);
+    bytes_.assign(std::istreambuf_iterator<char>(file), {});
+  }
+
+  bool done() const { return at_ == bytes_.size(); }
+  int64_t integer() { return array<int64_t>(1)[0]; }
+  float real() { return array<float>(1)[0]; }
+  // A copy of its own, so that reads past its end are seen by AddressSanitizer.
+  template <typename T>
+  std::vector<T> array(int64_t n) {
+    const size_t size = static_cast<size_t>(n) * sizeof(T);
+    require(n >= 0 && size <= bytes_.size() - at_, "the file of cases is cut short");
+    std::vector<T> out(static_cast<size_t>(n));
+    if (size > 0) std::memcpy(out.data(), bytes_.data() + at_, size);
+    at_ += size;
+    return out;
+  }
+
+ private:
+  std::vector<char> bytes_;
+  size_t at_ = 0;
+};
+
+class Writer {
+ public:
+  explicit Writer(const std::string& path) : file_(path, std::ios::binary) {
+    require(file_.good(), "cannot write " + path);
+  }
+  template <typename T>
+  void array(const T* data, int64_t n) {
+    file_.write(reinterpret_cast<const char*>(data),
+                static_cast<std::streamsize>(n) * static_cast<std::streamsize>(sizeof(T)));
+  }
+  template <typename T>
+  void array(const std::vector<T>& data) {
+    array(data.data(), static_cast<int64_t>(data.size()));
+  }
+  void finish() {
+    file_.close();
+    require(file_.good(), "cannot write the results");
+  }
+
+ private:
+  std::ofstream file_;
+};
+
+// A matrix as cases hold it: spec, codes [m, k], scales and offsets [m, n_groups].
+struct Matrix {
+  explicit Matrix(Reader& in) {
+    spec.m = in.integer();
+    spec.k = in.integer();
+    spec.bits = static_cast<int>(in.integer());
+    spec.group_size = in.integer();
+    spec.offset_kind = static_cast<OffsetKind>(in.integer());
+    spec.zero = in.real();
+    check_spec(spec);
+    const bool stored = spec.offset_kind != OffsetKind::kNone;
+    codes = in.array<uint8_t>(spec.m * spec.k);
+    scales = in.array<uint16_t>(spec.m * spec.n_groups());
+    offsets = in.array<uint16_t>(stored ? spec.m * spec.n_groups() : 0);
+    packed = AlignedBuffer<uint8_t>(spec.packed_bytes());
+    pack(spec, codes.data(), scales.data(), stored ? offsets.data() : nullptr, packed.data());
+  }
+
+  LinearSpec spec;
+  std::vector<uint8_t> codes;
+  std::vector<uint16_t> scales, offsets;
+  AlignedBuffer<uint8_t> packed;
+};
+
+// -> y [n, m]
+void run_linear(Reader& in, Writer& out) {
+  const Matrix w(in);
+  const Tables tables = in.integer() == 0 ? Tables::kInt8 : Tables::kExact;
+  ThreadPool pool(static_cast<int>(in.integer()));
+  const int64_t n = in.integer();
+  const auto x = in.array<float>(n * w.spec.k);
+  std::vector<float> y(static_cast<size_t>(n * w.spec.m));
+  linear_forward({w.spec, w.packed.data()}, tables, x.data(), n, y.data(), pool);
+  out.array(y);
+}
+
+// -> codes [m, k], scales, offsets [m, n_groups] after packing and unpacking; weights [m, k]
+void run_layout(Reader& in, Writer& out) {
+  const Matrix w(in);
+  std::vector<uint8_t> codes(w.codes.size());
+  std::vector<uint16_t> scales(w.scales.size()), offsets(w.offsets.size());
+  unpack(w.spec, w.packed.data(), codes.data(), scales.data(), offsets.data());
+  out.array(codes);
+  out.array(scales);
+  out.array(offsets);
+  std::vector<float> row(static_cast<size_t>(w.spec.k));
+  for (int64_t r = 0; r < w.spec.m; ++r) {
+    dequantize_row(w.spec, w.packed.data(), r, row.data());
+    out.array(row);
+  }
+}
+
+void run_rms_norm(Reader& in, Writer& out) {
+  const int64_t n = in.integer();
+  const float eps = in.real();
+  const auto x = in.array<float>(n), weight = in.array<float>(n);
+  std::vector<float> y(x.size());
+  kernels().rms_norm(x.data(), weight.data(), n, eps, y.data());
+  out.array(y);
+}
+
+void run_silu_multiply(Reader& in, Writer& out) {
+  const int64_t n = in.integer();
+  auto gate = in.array<float>(n);
+  const auto up = in.array<float>(n);
+  kernels().silu_multiply(gate.data(), up.data(), n);
+  out.array(gate);
+}
+
+void run_add(Reader& in, Writer& out) {
+  const int64_t n = in.integer();
+  auto x = in.array<float>(n);
+  const auto y = in.array<float>(n);
+  kernels().add(x.data(), y.data(), n);
+  out.array(x);
+}
+
+void run_to_half(Reader& in, Writer& out) {
+  const int64_t n = in.integer();
+  const auto x = in.array<float>(n);
+  std::vector<uint16_t> half(x.size());
+  kernels().to_half(x.data(), half.data(), n);
+  out.array(half);
+}
+
+void run_attend(Reader& in, Writer& out) {
+  const int64_t n = in.integer(), head_dim = in.integer();
+  const float scale = in.real();
+  const auto q = in.array<float>(head_dim);
+  const auto keys = in.array<uint16_t>(n * head_dim), values = in.array<uint16_t>(n * head_dim);
+  std::vector<float> scores(static_cast<size_t>(n)), y(q.size());
+  kernels().attend(q.data(), keys.data(), values.data(), n, head_dim, scale, scores.data(),
+                   y.data());
+  out.array(y);
+}
+
+void run_cases(const std::string& isa, const std::string& cases, const std::string& results) {
+  const std::map<std::string, void (*)(Reader&, Writer&)> operations = {
+      {"linear", run_linear},     {"layout", run_layout},
+      {"rms_norm", run_rms_norm}, {"silu_multiply", run_silu_multiply},
+      {"add", run_add},           {"to_half", run_to_half},
+      {"attend", run_attend}};
+  use_isa(isa);
+  require(kernels().name == isa, isa + " did not become active");
+  Reader in(cases);
+  Writer out(results);
+  while (!in.done()) {
+    const auto name = in.array<char>(in.integer());
+    operations.at(std::string(name.begin(), name.end()))(in, out);
+  }
+  out.finish();
+}
+
+void print_isas() {
+  for (const IsaInfo& info : isas()) {
+    if (info.usable) std::cout << info.name << '\n';
+  }
+}
+
+}  // namespace
+}  // namespace tmac
+
+int main(int argc, char** argv) {
+  const std::vector<std::string> arguments(argv + 1, argv + argc);
+  const std::string command = arguments.empty() ? "" : arguments[0];
+  try {
+    if (command == "isas" && arguments.size() == 1) {
+      tmac::print_isas();
+    } else if (command == "run" && arguments.size() == 4) {
+      tmac::run_cases(arguments[1], arguments[2], arguments[3]);
+    } else if (command == "stress" && arguments.size() == 2) {
+      tmac::stress_thread_pool(std::atoi(arguments[1].c_str()));
+    } else {
+      std::cerr << "usage: tmac_selftest isas | run ISA CASES RESULTS | stress ROUNDS\n";
+      return 2;
+    }
+  } catch (const std::exception& error) {
+    std::cerr << "tmac_selftest: " << error.what() << '\n';
+    return 1;
+  }
+  return 0;
+}

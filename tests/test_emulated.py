@@ -1,0 +1,109 @@
+"""The cases of test_kernels.py, and the float operations, in the stand-alone program.
+
+It reaches instruction sets that only an emulator offers, and builds with sanitizers. TMAC_SELFTEST
+names the programs to run (see CONTRIBUTING.md); .ci/run builds them and sets it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kernel_cases import (
+    BITS,
+    KINDS,
+    TABLES,
+    LinearCase,
+    all_cases,
+    integer_matrix,
+    invariance_case,
+)
+from selftest_program import (
+    VARIABLE,
+    call,
+    programs,
+    run_layout,
+    run_linear,
+    run_vectors,
+    usable_isas,
+)
+from vector_cases import vector_cases
+
+PROGRAMS = programs()
+
+pytestmark = pytest.mark.skipif(
+    not PROGRAMS, reason=f"{VARIABLE} names no program (.ci/run builds them and sets it)"
+)
+
+
+@pytest.mark.parametrize(
+    ("program", "isa"), [(program, isa) for program in PROGRAMS for isa in usable_isas(program)]
+)
+class TestIsa:
+    @pytest.mark.parametrize("tables", TABLES)
+    @pytest.mark.parametrize("bits", BITS)
+    def test_products(self, program: str, isa: str, tables: str, bits: int, tmp_path: Path) -> None:
+        cases = all_cases(tables, bits)
+        for case, y in zip(cases, run_linear(program, isa, cases, tmp_path), strict=True):
+            case.check(y)
+
+    @pytest.mark.parametrize("tables", TABLES)
+    @pytest.mark.parametrize("bits", BITS)
+    def test_threads_and_tokens_change_no_bit(
+        self, program: str, isa: str, tables: str, bits: int, tmp_path: Path
+    ) -> None:
+        case = invariance_case(tables, bits)
+        cases: list[LinearCase] = [replace(case, threads=threads) for threads in (1, 2, 3, 5)]
+        first, *others = run_linear(program, isa, cases, tmp_path)
+        case.check(first)
+        for y in others:
+            assert y.tobytes() == first.tobytes()
+        tokens = [replace(case, x=case.x[t : t + 1]) for t in range(len(case.x))]
+        alone = run_linear(program, isa, tokens, tmp_path)
+        assert np.concatenate(alone).tobytes() == first.tobytes()
+
+    def test_float_operations(self, program: str, isa: str, tmp_path: Path) -> None:
+        cases = vector_cases()
+        for case, got in zip(cases, run_vectors(program, isa, cases, tmp_path), strict=True):
+            case.check(got)
+
+
+@pytest.mark.parametrize("tables", TABLES)
+@pytest.mark.parametrize("bits", BITS)
+def test_every_program_and_isa_gives_the_same_bits(tables: str, bits: int, tmp_path: Path) -> None:
+    case = invariance_case(tables, bits)
+    results = {
+        run_linear(program, isa, [case], tmp_path)[0].tobytes()
+        for program in PROGRAMS
+        for isa in usable_isas(program)
+    }
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+class TestProgram:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("bits", BITS)
+    def test_layout(self, program: str, kind: str, bits: int, tmp_path: Path) -> None:
+        rng = np.random.default_rng(bits)
+        for m, k, group_size in ((33, 37, 20), (1, 1, 1), (64, 256, 48)):
+            q = integer_matrix(rng, m, k, bits, group_size, kind)  # type: ignore[arg-type]
+            codes, scales, offsets, weights = run_layout(program, q, tmp_path)
+            np.testing.assert_array_equal(codes, q.codes)
+            np.testing.assert_array_equal(scales, q.scales)
+            if q.offsets is not None:
+                np.testing.assert_array_equal(offsets, q.offsets.ravel())
+            np.testing.assert_array_equal(weights, q.dequantize())  # all integers times 2^i
+
+    def test_thread_pool_under_stress(self, program: str) -> None:
+        call(program, "stress", "100")
+
+    def test_mistakes_are_told(self, program: str, tmp_path: Path) -> None:
+        with pytest.raises(AssertionError, match="'mmx' is not an instruction set"):
+            call(program, "run", "mmx", "cases", "results")
+        (tmp_path / "cases").write_bytes(b"\x03\0\0\0\0\0\0\0add\x05")
+        with pytest.raises(AssertionError, match="cut short"):
+            call(program, "run", "scalar", str(tmp_path / "cases"), str(tmp_path / "results"))

@@ -1,0 +1,241 @@
+"""Every kernel x ISA x tables x bits against the NumPy reference, and packing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kernel_cases import (
+    BITS,
+    TABLES,
+    LinearCase,
+    extreme_cases,
+    float_cases,
+    integer_cases,
+    integer_matrix,
+    invariance_case,
+)
+from tmac_py import _core
+from tmac_py.quant import QuantTensor
+
+ISAS = [row["name"] for row in _core.isas() if row["usable"]]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _core.active_isa()
+    _core.use_isa(request.param)
+    assert _core.active_isa() == request.param
+    yield request.param
+    _core.use_isa(before)
+
+
+@pytest.fixture(scope="module")
+def pool() -> _core.ThreadPool:
+    return _core.ThreadPool(2)
+
+
+def encoding(q: QuantTensor) -> dict[str, Any]:
+    return {"bits": q.bits, "group_size": q.group_size, "offset_kind": q.offset_kind}
+
+
+def pack(q: QuantTensor) -> NDArray[np.uint8]:
+    return _core.pack(q.codes, q.scales, q.offsets, **encoding(q))
+
+
+def linear(q: QuantTensor) -> _core.Linear:
+    return _core.Linear(pack(q), m=q.m, k=q.k, zero=q.zero, **encoding(q))
+
+
+def run(case: LinearCase, pool: _core.ThreadPool) -> NDArray[np.float32]:
+    return _core.linear_forward(linear(case.q), case.x, pool, tables=case.tables)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tables", TABLES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.usefixtures("isa")
+class TestProduct:
+    def test_integers_are_equal(self, tables: str, bits: int, pool: _core.ThreadPool) -> None:
+        for case in integer_cases(tables, bits):
+            case.check(run(case, pool))
+
+    def test_floats_are_within_the_bound(
+        self, tables: str, bits: int, pool: _core.ThreadPool
+    ) -> None:
+        for case in float_cases(tables, bits):
+            case.check(run(case, pool))
+
+    def test_extremes(self, tables: str, bits: int, pool: _core.ThreadPool) -> None:
+        for case in extreme_cases(tables, bits):
+            case.check(run(case, pool))
+
+    def test_threads_and_tokens_change_no_bit(
+        self, tables: str, bits: int, pool: _core.ThreadPool
+    ) -> None:
+        case = invariance_case(tables, bits)
+        y = run(case, pool)
+        case.check(y)
+        for threads in (1, 3, 5):
+            assert run(case, _core.ThreadPool(threads)).tobytes() == y.tobytes()
+        for token in range(len(case.x)):
+            alone = run(replace(case, x=case.x[token : token + 1]), pool)
+            assert alone.tobytes() == y[token].tobytes()
+
+
+@pytest.mark.parametrize("tables", TABLES)
+@pytest.mark.parametrize("bits", BITS)
+def test_isas_agree_to_the_bit(tables: str, bits: int, pool: _core.ThreadPool) -> None:
+    case = invariance_case(tables, bits)
+    before = _core.active_isa()
+    results = set()
+    for isa in ISAS:
+        _core.use_isa(isa)
+        results.add(run(case, pool).tobytes())
+    _core.use_isa(before)
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("tables", TABLES)
+def test_sums_beyond_float32_are_not_finite(isa: str, tables: str, pool: _core.ThreadPool) -> None:
+    q = integer_matrix(np.random.default_rng(0), 1, 64, 2, 64, "none")
+    q = replace(q, codes=np.full((1, 64), 3, np.uint8))
+    case = LinearCase("overflow", q, np.full((1, 64), 3e38, np.float32), tables)
+    assert not np.isfinite(run(case, pool)).any(), isa
+
+
+@pytest.mark.parametrize("kind", ["none", "zero", "offset"])
+@pytest.mark.parametrize("bits", BITS)
+def test_unpack_returns_what_was_packed(kind: str, bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    for m in (1, 31, 32, 33, 96):
+        for k, group_size in ((1, 1), (37, 20), (37, 37), (64, 16), (68, 64), (100, 4), (256, 48)):
+            q = integer_matrix(rng, m, k, bits, group_size, kind)  # type: ignore[arg-type]
+            packed = pack(q)
+            assert packed.nbytes == _core.packed_nbytes(m, k, **encoding(q))
+            assert packed.nbytes % 64 == 0
+            codes, scales, offsets = _core.unpack(packed, m=m, k=k, **encoding(q))
+            np.testing.assert_array_equal(codes, q.codes)
+            np.testing.assert_array_equal(scales, q.scales)
+            if q.offsets is None:
+                assert offsets is None
+            else:
+                np.testing.assert_array_equal(offsets, q.offsets)
+
+
+def test_packed_bytes_follow_the_layout() -> None:
+    """One chunk of a 3-bit matrix by hand: planes 0 and 1 of each row, then plane 2 of each row."""
+    codes = np.zeros((2, 8), np.uint8)
+    codes[1] = [0, 1, 2, 3, 4, 5, 6, 7]
+    packed = _core.pack(
+        codes, np.array([[1], [2]], np.float16), bits=3, group_size=8, offset_kind="none"
+    )
+    want = np.zeros(192, np.uint8)  # 32 rows x 3 planes, 32 scales, rounded up to 64
+    want[2:4] = 0b10101010, 0b11001100
+    want[65] = 0b11110000
+    want[96:160] = np.array([1, 2, *[0] * 30], np.float16).view(np.uint8)
+    np.testing.assert_array_equal(packed, want)
+
+
+GOOD: dict[str, Any] = {"bits": 4, "group_size": 16, "offset_kind": "offset"}
+
+
+def pack_with(**changes: Any) -> NDArray[np.uint8]:
+    arguments: dict[str, Any] = {
+        "codes": np.zeros((4, 32), np.uint8),
+        "scales": np.ones((4, 2), np.float16),
+        "offsets": np.zeros((4, 2), np.float16),
+        **GOOD,
+        **changes,
+    }
+    return _core.pack(
+        arguments.pop("codes"), arguments.pop("scales"), arguments.pop("offsets"), **arguments
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"codes": np.zeros((4, 32), np.int8)}, "codes must be of dtype uint8"),
+        ({"codes": np.zeros(128, np.uint8)}, r"codes must be a matrix \[m, k\]"),
+        ({"codes": np.zeros((32, 4), np.uint8).T}, "codes must be C-contiguous"),
+        ({"codes": np.zeros((4, 64), np.uint8)[:, ::2]}, "codes must be C-contiguous"),
+        ({"codes": np.full((4, 32), 16, np.uint8)}, "codes must be below 2"),
+        ({"codes": np.zeros((0, 32), np.uint8)}, "m must be"),
+        ({"codes": np.zeros((4, 0), np.uint8)}, "k must be"),
+        ({"scales": np.ones((4, 2), np.float32)}, "scales must be of dtype float16"),
+        ({"scales": np.ones((4, 2), ">f2")}, "scales must be of dtype float16"),
+        ({"scales": np.ones((4, 3), np.float16)}, r"scales must be \[4, 2\], not \[4, 3\]"),
+        ({"scales": np.ones((2, 4), np.float16)}, r"scales must be \[4, 2\], not \[2, 4\]"),
+        ({"scales": np.ones((2, 4), np.float16).T}, "scales must be C-contiguous"),
+        ({"offsets": np.ones((4, 2), np.float64)}, "offsets must be of dtype float16"),
+        ({"offsets": np.ones((4, 1), np.float16)}, r"offsets must be \[4, 2\], not \[4, 1\]"),
+        ({"offsets": np.ones((2, 4), np.float16)}, r"offsets must be \[4, 2\], not \[2, 4\]"),
+        ({"offsets": None}, "offset_kind 'offset'"),
+        ({"offset_kind": "none"}, "offset_kind 'none'"),
+        ({"offset_kind": "min"}, "offset_kind must be"),
+        ({"group_size": 6}, "group_size must be a multiple of 4"),
+        ({"group_size": 0}, "group_size must be a multiple of 4"),
+        ({"group_size": -4}, "group_size must be a multiple of 4"),
+        ({"bits": 0}, "bits must be 1 to 8"),
+        ({"bits": 9}, "bits must be 1 to 8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_pack_names_the_wrong_argument(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        pack_with(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"m": 33}, "packed must be"),
+        ({"k": 1024}, "packed must be"),
+        ({"k": 0}, "k must be"),
+        ({"m": -1}, "m must be"),
+        ({"bits": 9}, "bits must be 1 to 8"),
+        ({"group_size": 6}, "group_size must be a multiple of 4"),
+        ({"packed": np.zeros(4, np.int8)}, "packed must be of dtype uint8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+@pytest.mark.parametrize("function", ["unpack", "Linear"])
+def test_packed_bytes_must_fit_the_shape(function: str, changes: dict[str, Any], text: str) -> None:
+    arguments: dict[str, Any] = {"packed": pack_with(), "m": 4, "k": 32, **GOOD, **changes}
+    if function == "Linear":
+        arguments["zero"] = 0.0
+    with pytest.raises(ValueError, match=text):
+        getattr(_core, function)(arguments.pop("packed"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        (np.zeros((1, 31), np.float32), r"x must be \[n, 32\]"),
+        (np.zeros(32, np.float32), r"x must be \[n, 32\]"),
+        (np.zeros((0, 32), np.float32), r"x must be \[n, 32\]"),
+        (np.zeros((1, 32), np.float64), "x must be of dtype float32"),
+        (np.zeros((32, 2), np.float32).T, "x must be C-contiguous"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else f"{value.dtype}{value.shape}",
+)
+def test_forward_names_the_wrong_input(x: NDArray[Any], text: str, pool: _core.ThreadPool) -> None:
+    w = _core.Linear(pack_with(), m=4, k=32, zero=0.0, **GOOD)
+    with pytest.raises(ValueError, match=text):
+        _core.linear_forward(w, x, pool, tables="int8")
+
+
+def test_unknown_names_are_refused(pool: _core.ThreadPool) -> None:
+    w = _core.Linear(pack_with(), m=4, k=32, zero=0.0, **GOOD)
+    with pytest.raises(ValueError, match="tables must be 'int8' or 'exact', not 'int4'"):
+        _core.linear_forward(w, np.zeros((1, 32), np.float32), pool, tables="int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"'mmx' is not an instruction set .* choose from scalar"):
+        _core.use_isa("mmx")
+    for threads in (0, -1, 1025):
+        with pytest.raises(ValueError, match="threads must be 1 to 1024"):
+            _core.ThreadPool(threads)

@@ -1,0 +1,171 @@
+"""The float work between matrix products, against its definition in float64.
+
+Bounds count roundings: a result that went through N float32 operations is off by at most
+gamma(N) times the sum of the magnitudes of its terms (see reference.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reference import U
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+
+EXP_ERROR = 2e-7
+"""Relative error of the kernels' exponential, as csrc/kernels/vector_ops.inl promises."""
+
+EXP_LOWEST = -87.0
+"""The exponential of anything below counts as e^-87."""
+
+TINY = 2.0**-126
+"""Below the normal numbers rounding is absolute."""
+
+SIZES = (1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 33, 64, 100, 576)
+
+
+def gamma(n: int) -> float:
+    return n * U / (1 - n * U)
+
+
+@dataclass(frozen=True)
+class VectorCase:
+    """One call: fields and arrays in the order in which the program reads them, and the result."""
+
+    name: str
+    operation: str
+    fields: tuple[int | float, ...]
+    arrays: tuple[NDArray[Any], ...]
+    want: NDArray[Any]
+    tolerance: Doubles | float = 0.0
+
+    def check(self, got: NDArray[Any]) -> None:
+        undefined = np.isnan(self.want)
+        np.testing.assert_array_equal(np.isnan(got), undefined, self.name)
+        infinite = np.isinf(self.want)
+        np.testing.assert_array_equal(got[infinite], self.want[infinite], self.name)
+        finite = ~(undefined | infinite)
+        off = np.abs(got[finite].astype(np.float64) - self.want[finite].astype(np.float64))
+        allowed = np.broadcast_to(self.tolerance, self.want.shape)[finite]
+        assert (off <= allowed).all(), f"{self.name}: off by {off}, allowed {allowed}"
+
+
+def rms_norm(name: str, x: Floats, weight: Floats, eps: float) -> VectorCase:
+    wide = x.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        want = wide / np.sqrt((wide**2).mean() + np.float32(eps)) * weight
+    # Squares and their sum: n + 1 roundings of positive terms, then one each for the mean, eps,
+    # the root (which halves what came before), its inverse and two products.
+    tolerance = gamma(len(x) + 8) * np.abs(want) + TINY
+    return VectorCase(name, "rms_norm", (len(x), eps), (x, weight), want, tolerance)
+
+
+def silu_multiply(name: str, gate: Floats, up: Floats) -> VectorCase:
+    wide = gate.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = wide / (1 + np.exp(-wide)) * up
+    want[np.isneginf(gate)] = np.where(up[np.isneginf(gate)] > 0, -np.inf, np.inf)
+    # 1 + e^-g, the quotient and the product round once each; e^-g stops growing at g = -88.
+    clamped = np.where(wide < -88, np.abs(wide * up) * np.exp(-87.9), 0)
+    tolerance = (EXP_ERROR + gamma(3)) * np.abs(want) + clamped + TINY
+    return VectorCase(name, "silu_multiply", (len(gate),), (gate, up), want, tolerance)
+
+
+def attend(
+    name: str, q: Floats, keys: NDArray[np.float16], values: NDArray[np.float16]
+) -> VectorCase:
+    n, head_dim = keys.shape
+    scale = float(np.float32(head_dim**-0.5))
+    products = keys.astype(np.float64) * q
+    with np.errstate(invalid="ignore"):
+        scores = products.sum(1) * scale
+        shares = np.exp(scores - scores.max())
+        shares /= shares.sum()
+        want = shares @ values.astype(np.float64)
+        spread = shares @ np.abs(values.astype(np.float64))
+    # A score is off by gamma(head_dim + 2) times its terms, and the subtraction of the largest
+    # rounds once more; both move a weight by that much relative to itself, and the sum of weights
+    # likewise. Then: the exponential twice, n additions of weights, n of weighted values, 4 more.
+    # Weights below e^-87 count as e^-87.
+    in_score = gamma(head_dim + 2) * np.abs(products).sum(1).max() * scale
+    in_score += gamma(1) * min(np.ptp(scores), -EXP_LOWEST)
+    relative = np.expm1(2 * in_score) + 2 * EXP_ERROR + gamma(2 * n + 4)
+    largest = np.abs(values.astype(np.float64)).max(0)
+    tolerance = 1.01 * relative * spread + n * np.exp(EXP_LOWEST) * largest + TINY
+    halves = (keys.view(np.uint16), values.view(np.uint16))
+    return VectorCase(name, "attend", (n, head_dim, scale), (q, *halves), want, tolerance)
+
+
+def to_half_case() -> VectorCase:
+    """Every half, what lies half-way to the next one, and that one's float32 neighbours."""
+    halves = np.arange(0x7C01, dtype=np.uint16).view(np.float16).astype(np.float32)
+    halves[-1] = 65536.0  # the next one, if the range went on
+    middle = (halves[:-1] + halves[1:]) / 2
+    x = np.concatenate([halves, middle, np.nextafter(middle, 0), np.nextafter(middle, np.inf)])
+    x = np.concatenate([x, -x, [np.nan, np.inf, -np.inf, 3e38, 1e-45]]).astype(np.float32)
+    with np.errstate(over="ignore"):
+        want = x.astype(np.float16)
+    return VectorCase("every half", "to_half", (len(x),), (x,), want)
+
+
+def half_to_float_case() -> VectorCase:
+    """One position has all the weight: the output is its value, here every half there is."""
+    values = np.arange(0x10000, dtype=np.uint32).astype(np.uint16)
+    zeros = np.zeros(len(values), np.uint16)
+    arrays = (zeros.astype(np.float32), zeros, values)
+    want = values.view(np.float16).astype(np.float64)
+    return VectorCase("every half", "attend", (1, len(values), 1.0), arrays, want)
+
+
+def spoilt(x: NDArray[Any], index: Any, value: float = np.nan) -> NDArray[Any]:
+    out: NDArray[Any] = x.copy()
+    out[index] = value
+    return out
+
+
+def vector_cases() -> list[VectorCase]:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Floats:
+        values: Floats = (rng.normal(size=shape) * scale).astype(np.float32)
+        return values
+
+    def halves(*shape: int) -> NDArray[np.float16]:
+        return rng.normal(size=shape).astype(np.float16)
+
+    cases = [to_half_case(), half_to_float_case()]
+    for n in SIZES:
+        for scale in (1e-12, 1.0, 1e6):
+            name = f"n={n} scale={scale}"
+            cases.append(rms_norm(f"rms_norm {name}", normal(n, scale=scale), normal(n), 1e-5))
+            cases.append(silu_multiply(f"silu {name}", normal(n, scale=20 * scale), normal(n)))
+        x, y = normal(n), normal(n, scale=1e3)
+        cases.append(VectorCase(f"add n={n}", "add", (n,), (x, y), x + y))
+    gate = np.linspace(-100, 100, 4001, dtype=np.float32)
+    cases.append(silu_multiply("silu everywhere", gate, np.ones_like(gate)))
+
+    for head_dim in (2, 4, 6, 16, 64, 80, 100, 128):
+        for n in (1, 2, 3, 8, 16, 17, 100):
+            for scale in (1.0, 10.0):  # 10: nearly all weight on one position
+                q = normal(head_dim, scale=scale)
+                keys, values = halves(n, head_dim) * np.float16(scale), halves(n, head_dim)
+                name = f"attend n={n} head_dim={head_dim} scale={scale}"
+                cases.append(attend(name, q, keys, values))
+
+    for n in (3, 17, 64):
+        for at in (0, n - 1):
+            x, weight = normal(n), normal(n)
+            where = f"at {at} of {n}"
+            cases.append(rms_norm(f"rms_norm NaN {where}", spoilt(x, at), weight, 1e-5))
+            for value in (np.nan, np.inf, -np.inf):
+                cases.append(silu_multiply(f"silu {value} {where}", spoilt(x, at, value), weight))
+            q, keys, values = normal(64), halves(n, 64), halves(n, 64)
+            cases.append(attend(f"attend NaN in q {where}", spoilt(q, at), keys, values))
+            cases.append(attend(f"attend NaN in key {where}", q, spoilt(keys, (at, 5)), values))
+            cases.append(attend(f"attend NaN in value {where}", q, keys, spoilt(values, (at, 5))))
+    return cases
