@@ -9,11 +9,19 @@ from functools import cache, cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from reference import EXACT_MAX, INT8_MAX, Product, chunked, product
+from reference import (
+    MAX_MULTIPLIER,
+    STEPS,
+    Product,
+    chunked,
+    largest_multipliers,
+    product,
+    table_limits,
+)
 from tmac_py.quant import QuantTensor, quantize_rtn, symmetric_zero
 from tmac_py.spec import OffsetKind
 
-TABLES = ("int8", "exact")
+TABLES = ("int8", "exact", "exact8")
 BITS = range(1, 9)
 
 # Sizes to combine. The five lists are of coprime lengths: cycling through all of them at once
@@ -91,36 +99,60 @@ def integer_matrix(
 
 
 def integer_activations(
-    rng: np.random.Generator, q: QuantTensor, tables: str, step: int, quiet: int
+    rng: np.random.Generator, q: QuantTensor, tables: str, step: int, quiet: int, silent: int
 ) -> NDArray[np.float32]:
-    """x [k] of integers, all multiples of `step`, whose tables have scale 1.
+    """x [k] of integers, all multiples of `step`, whose regions have the unit 1, but for `silent`
+    of 16, which are zero.
 
-    int8 tables: in one table of each block |x0|+..+|x3| is 127. Exact tables: in each block one
-    |x| is 8128. The others are at most `quiet`.
+    In each region one value has the largest size there is: for int8 tables |x0|+..+|x3| of a table,
+    for exact ones an |x|. The others are at most `quiet`.
     """
-    x = rng.integers(-quiet // step, quiet // step, q.k, endpoint=True) * step
-    for block in chunked(q)[0]:
-        at = rng.choice(block[block < q.k])
-        if tables == "exact":
-            x[at] = EXACT_MAX * rng.choice([-1, 1])
+    x = np.append(rng.integers(-quiet // step, quiet // step, q.k, endpoint=True) * step, 0.0)
+    for region in chunked(q)[0]:
+        real = region[region < q.k]
+        if len(real) == 0:
+            continue
+        if rng.integers(16) < silent:
+            x[real] = 0
+            continue
+        at = rng.choice(real)
+        if tables == "int8":
+            table = next(t for t in region.reshape(-1, 4) if at in t)
+            sign = rng.choice([-1, 1])
+            while not set_loudest(x, region.reshape(-1, 4), table, at, sign):
+                x[region] //= 2  # with these around it no multiplier fits its table
         else:
-            table = next(t for t in block.reshape(-1, 4) if at in t)
-            table = table[table < q.k]
-            x[at] = 0
-            x[at] = (INT8_MAX - np.abs(x[table]).sum()) * rng.choice([-1, 1])
-    return x.astype(np.float32)
+            most = 4 if tables == "exact" else 1
+            x[at] = STEPS[tables] * most * rng.choice([-1, 1])
+    return x[:-1].astype(np.float32)
+
+
+def set_loudest(
+    x: NDArray[np.float64], region: NDArray[np.int64], table: NDArray[np.int64], at: int, sign: int
+) -> bool:
+    """Set x[at] so that |x0|+..+|x3| of its table is 127 times the region's largest multiplier,
+    which follows from it; false if there is no such value."""
+    x[at] = 0
+    rest = np.abs(x[table]).sum()
+    for most in range(MAX_MULTIPLIER, 0, -1):
+        x[at] = (STEPS["int8"] * most - rest) * sign
+        limits = table_limits(x[region].astype(np.float32), "int8")[None]
+        if abs(x[at]) + rest == limits.max() and largest_multipliers(limits, "int8") == most:
+            return True
+    return False
 
 
 def integer_case(
     rng: np.random.Generator, q: QuantTensor, tables: str, n: int, name: str
 ) -> LinearCase:
     """The loudest activations, and the finest, with which all sums stay exact."""
-    loudest = 31 if tables == "int8" else EXACT_MAX
-    steps = (1,) if tables == "int8" else (1, 8, 64)  # 8128 = 127 * 64
-    for step in steps if q.k <= 256 else steps[-1:]:
+    loudest = {"int8": 100, "exact": 32512, "exact8": 127}[tables]
+    steps = (1, 8, 256) if tables == "exact" else (1,)  # 32512 = 127 * 256
+    some_steps = steps if q.k <= 256 else steps[-1:]
+    for step, silent in ((step, silent) for step in some_steps for silent in (0, 8, 14)):
         quiet = loudest
         while quiet >= step:
-            x = [integer_activations(rng, q, tables, step, quiet) for _ in range(n)]
+            x = [integer_activations(rng, q, tables, step, quiet, silent) for _ in range(n)]
             case = LinearCase(name, q, np.stack(x), tables, exact=True)
             if replace(case, x=case.x[:1]).stays_exact and case.stays_exact:
                 return case
@@ -201,7 +233,8 @@ def extreme_cases(tables: str, bits: int) -> list[LinearCase]:
             rng = np.random.default_rng(0)
             q = integer_matrix(rng, 33, k, bits, group_size, kind)
             q = replace(q, codes=extreme_codes(bits, k))
-            x = extreme_activations(k, INT8_MAX if tables == "int8" else EXACT_MAX)
+            # 635: all tables of a region alike have multipliers of 5.
+            x = extreme_activations(k, {"int8": 635, "exact": 32512, "exact8": 127}[tables])
             name = f"extreme {kind} k={k} group_size={group_size}"
             cases.append(LinearCase(name, q, x, tables, exact=True))
             assert cases[-1].stays_exact, name

@@ -9,28 +9,42 @@ from numpy.typing import NDArray
 
 from tmac_py.quant import QuantTensor
 
-BLOCK = 16
-"""Weights along k that share one table scale."""
+REGION = 64
+"""Weights along k that share one unit."""
 
-CHUNKS, TABLES = BLOCK // 8, BLOCK // 4
-"""Chunks of 8 weights and tables of 4 in a block."""
+CHUNKS, TABLES = REGION // 8, REGION // 4
+"""Chunks of 8 weights and tables of 4 in a region."""
 
 INT8_MAX = 127
-"""The largest entry of an int8 table."""
+"""The largest entry of an int8 table, and the largest activation of `exact8`."""
 
 EXACT_MAX = 8128
-"""Exact tables round a block's activations to integers of at most this magnitude."""
+"""`exact` rounds the activations of a table to at most this many steps."""
+
+LIMIT_SUM = 85
+"""A step of an int8 table has some units, as many as its own largest entry needs. The largest
+entries of all tables of a region add up to at most so many times 127 units."""
+
+MAX_MULTIPLIER = 15
+"""The most units in a step of an int8 table."""
+
+EXACT_MULTIPLIER = 4
+"""A step of an `exact` table has at most so many units."""
+
+STEPS = {"int8": INT8_MAX, "exact": EXACT_MAX, "exact8": INT8_MAX}
+"""How many steps the largest value of a table has at most."""
 
 U = 2.0**-24
 """Largest relative error of one float32 operation."""
 
-ENTRY_ERROR = INT8_MAX * 8 * U
+ENTRY_ERROR = INT8_MAX * 9 * U
 """How far an int8 entry before rounding may lie from the true one: the largest |x0|+..+|x3| takes
-3 additions, 127 / that one division, an entry 2 levels of additions and one multiplication: 7 U
-relative to at most 127, and one U to spare."""
+3 additions, the inverse of a step two divisions, an entry 2 levels of additions and one
+multiplication: 8 U relative to at most 127, and one U to spare."""
 
-ACTIVATION_ERROR = EXACT_MAX * 3 * U
-"""The same for an activation of exact tables: one division and one multiplication."""
+ACTIVATION_ERROR = 4 * U
+"""The same for an activation of exact tables, relative to the largest: two divisions and one
+multiplication."""
 
 SIGNS = np.array([[1 if e >> i & 1 else -1 for i in range(4)] for e in range(16)])
 """Entry e of a table is the sum of +x[i] where bit i of e is set and -x[i] elsewhere."""
@@ -66,7 +80,7 @@ class Product:
 
 
 def chunked(q: QuantTensor) -> tuple[NDArray[np.int64], list[int]]:
-    """Where the weights of a row go: positions [n_blocks, CHUNKS, 8] along k (k itself: padding),
+    """Where the weights of a row go: positions [n_regions, CHUNKS, 8] along k (k itself: padding),
     and the first chunk of each group. A group starts a new chunk."""
     chunks: list[NDArray[np.int64]] = []
     first_of_group = []
@@ -80,12 +94,31 @@ def chunked(q: QuantTensor) -> tuple[NDArray[np.int64], list[int]]:
     return np.array(chunks).reshape(-1, CHUNKS, 8), first_of_group
 
 
-def table_limits(x: NDArray[np.float64], tables: str) -> NDArray[np.float64]:
-    """What sets the scale of each block of x [n_blocks, TABLES, 4]: the largest entry, or for exact
-    tables the largest |x|."""
-    sizes = np.abs(x).sum(2) if tables == "int8" else np.abs(x).max(2)
-    limits: NDArray[np.float64] = sizes.max(1)
-    return limits
+def table_limits(x: NDArray[np.float32], tables: str) -> NDArray[np.float32]:
+    """What sets the step of each table of x [..., 4], in float32 like the core: its largest entry,
+    or for exact tables its largest |x|."""
+    size = np.abs(x)
+    if tables != "int8":
+        return np.asarray(size.max(-1))
+    return np.asarray(size[..., 0] + size[..., 1] + size[..., 2] + size[..., 3])
+
+
+def largest_multipliers(limits: NDArray[np.float32], tables: str) -> NDArray[np.float32]:
+    """Units in the largest step of each region, from the limits [n_regions, TABLES] of its tables.
+    Float32 decides, in the core's operations: which side of a bound a region falls on matters."""
+    if tables != "int8":
+        most = 1 if tables == "exact8" else EXACT_MULTIPLIER
+        return np.full(len(limits), most, np.float32)
+    halves = limits.reshape(-1, 2, TABLES // 4, 2).swapaxes(2, 3)  # low nibbles' tables come first
+    sums = np.cumsum(halves.reshape(-1, TABLES), axis=1, dtype=np.float32)[:, -1]
+    fits = np.float32(LIMIT_SUM) * (limits.max(1) / sums)
+    return np.clip(np.floor(fits), LIMIT_SUM // TABLES, MAX_MULTIPLIER).astype(np.float32)
+
+
+def multipliers(limits: NDArray[np.float32], most: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Units in a step of each table, likewise."""
+    wanted = limits * (most / limits.max(1))[:, None]
+    return np.clip(np.rint(wanted + np.float32(0.5)), 1, most[:, None]).astype(np.float64)
 
 
 def product(q: QuantTensor, x: NDArray[np.float32], tables: str) -> Product:
@@ -94,35 +127,47 @@ def product(q: QuantTensor, x: NDArray[np.float32], tables: str) -> Product:
     What the core does in float32 is done in float64 here. docs/kernels.md describes the algorithm.
     """
     positions, first_of_group = chunked(q)
-    n_blocks = len(positions)
-    codes = np.pad(q.codes, ((0, 0), (0, 1)))[:, positions].reshape(q.m, n_blocks, TABLES, 4)
-    values = np.append(x.astype(np.float64), 0.0)[positions].reshape(n_blocks, TABLES, 4)
+    n_regions = len(positions)
+    codes = np.pad(q.codes, ((0, 0), (0, 1)))[:, positions].reshape(q.m, n_regions, TABLES, 4)
+    given = np.append(x, np.float32(0))[positions].reshape(n_regions, TABLES, 4)
     half = (2**q.bits - 1) / 2
 
-    largest = INT8_MAX if tables == "int8" else EXACT_MAX
-    limits = table_limits(values, tables)
-    values[limits < largest * 2.0**-120] = 0  # the inverse of the scale would overflow
-    limits[limits < largest * 2.0**-120] = 1
-    scales = limits / largest
+    of_tables = table_limits(given, tables)
+    limits = of_tables.max(1).astype(np.float64)
+    if tables == "exact8":
+        limits[:] = limits.max()
+    # Where the inverse of the unit would overflow, x counts as zero.
+    scratch = of_tables.copy()
+    scratch[limits < 2.0**-140] = 1
+    largest = STEPS[tables] * largest_multipliers(scratch, tables).astype(np.float64)
+    vanishing = limits < largest * 2.0**-120
+    given[vanishing] = 0
+    limits[vanishing] = of_tables[vanishing] = 1
+    values = given.astype(np.float64)
+    units = limits / largest
+    steps = units[:, None] * np.ones(TABLES)  # [n_regions, TABLES]
+    if tables != "exact8":
+        steps *= multipliers(of_tables, largest_multipliers(of_tables, tables))
 
-    # For each row, block and table: sum of (code - half) * x; and of x for the rest of the code.
+    # For each row, region and table: sum of (code - half) * x; and of x for the rest of the code.
     if tables == "int8":
-        entries = values @ SIGNS.T / scales[:, None, None]  # [n_blocks, TABLES, 16]
+        entries = values @ SIGNS.T / steps[..., None]  # [n_regions, TABLES, 16]
         close = np.abs(entries - np.floor(entries) - 0.5) < ENTRY_ERROR
-        sums = look_up(np.rint(entries), codes, q.bits) * scales[:, None]
-        slack = look_up(close.astype(np.float64), codes, q.bits) * scales[:, None]
-        x_slack = np.zeros((n_blocks, TABLES))
+        sums = look_up(np.rint(entries), codes, q.bits) * steps
+        slack = look_up(close.astype(np.float64), codes, q.bits) * steps
+        x_slack = np.zeros((n_regions, TABLES))
     else:
-        steps = values / scales[:, None, None]
-        near = np.abs(steps - np.floor(steps) - 0.5) < ACTIVATION_ERROR
-        values = np.rint(steps) * scales[:, None, None]
+        rounded = values / steps[..., None]
+        error = STEPS[tables] * ACTIVATION_ERROR
+        near = np.abs(rounded - np.floor(rounded) - 0.5) < error
+        values = np.rint(rounded) * steps[..., None]
         sums = ((codes - half) * values).sum(3)
-        slack = (np.abs(codes - half) * near).sum(3) * scales[:, None]
-        x_slack = near.sum(2) * scales[:, None]
+        slack = (np.abs(codes - half) * near).sum(3) * steps
+        x_slack = near.sum(2) * steps
 
     def per_group(tables_of: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[..., n_blocks, TABLES] -> [..., n_groups]"""
-        chunks = tables_of.reshape(*tables_of.shape[:-2], n_blocks * CHUNKS, 2).sum(-1)
+        """[..., n_regions, TABLES] -> [..., n_groups]"""
+        chunks = tables_of.reshape(*tables_of.shape[:-2], n_regions * CHUNKS, 2).sum(-1)
         total: NDArray[np.float64] = np.add.reduceat(chunks, first_of_group, axis=-1)
         return total
 
@@ -137,7 +182,9 @@ def product(q: QuantTensor, x: NDArray[np.float32], tables: str) -> Product:
         shift, shift_magnitude = s * half + offsets, np.abs(s) * half + np.abs(offsets)
     looked_up = np.abs(s) * per_group(np.abs(sums))
     x_sizes = per_group(np.abs(values).sum(2))
+    # All groups before one, and the terms of that one before they cancel.
     partial_sums = (looked_up + np.abs(shift) * x_sizes).sum(1)
+    partial_sums += (shift_magnitude * np.abs(per_group(values.sum(2)))).max(1)
     unit = smallest_unit(sums, values, s)
     return Product(
         y=(s * per_group(sums) + shift * per_group(values.sum(2))).sum(1),
@@ -146,22 +193,23 @@ def product(q: QuantTensor, x: NDArray[np.float32], tables: str) -> Product:
         integer_size=float(
             np.divide(partial_sums, unit, out=np.full(q.m, np.inf), where=unit > 0).max()
         ),
-        # Within a block: 7 for a sum of 8 activations, 6 for the scale, 11 to convert, scale, shift
-        # and add an offset; then one addition for each chunk and each group of the row.
-        roundings=24 + CHUNKS * n_blocks + q.n_groups,
+        # Within a region: 7 for a sum of 8 activations, 8 for that of its chunks, 9 for the steps,
+        # 11 to convert, scale, shift and add an offset, 1 for the token's unit; then one addition
+        # for each chunk and each group of the row.
+        roundings=36 + CHUNKS * n_regions + q.n_groups,
     )
 
 
 def look_up(
     entries: NDArray[np.float64], codes: NDArray[np.uint8], bits: int
 ) -> NDArray[np.float64]:
-    """Sum over planes p of 2^(p-1) * entry: entries [n_blocks, TABLES, 16] and codes
-    [m, n_blocks, TABLES, 4] -> [m, n_blocks, TABLES]."""
-    block, table = np.indices(entries.shape[:2])
+    """Sum over planes p of 2^(p-1) * entry: entries [n_regions, TABLES, 16] and
+    codes [m, n_regions, TABLES, 4] -> [m, n_regions, TABLES]."""
+    region, table = np.indices(entries.shape[:2])
     sums = np.zeros(codes.shape[:3])
     for plane in range(bits):
         index = (codes >> plane & 1) @ np.array([1, 2, 4, 8], np.uint8)
-        sums += 2.0 ** (plane - 1) * entries[block, table, index]
+        sums += 2.0 ** (plane - 1) * entries[region, table, index]
     return sums
 
 

@@ -232,7 +232,7 @@ def test_forward_names_the_wrong_input(x: NDArray[Any], text: str, pool: _core.T
 
 def test_unknown_names_are_refused(pool: _core.ThreadPool) -> None:
     w = _core.Linear(pack_with(), m=4, k=32, zero=0.0, **GOOD)
-    with pytest.raises(ValueError, match="tables must be 'int8' or 'exact', not 'int4'"):
+    with pytest.raises(ValueError, match="tables must be 'int8', 'exact' or 'exact8', not 'int4'"):
         _core.linear_forward(w, np.zeros((1, 32), np.float32), pool, tables="int4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"'mmx' is not an instruction set .* choose from scalar"):
         _core.use_isa("mmx")

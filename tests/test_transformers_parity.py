@@ -161,7 +161,7 @@ def test_exact_logits_are_those_of_transformers(golden: Golden, lut: Path) -> No
 def test_int8_logits_are_those_of_transformers_with_tables(golden: Golden, lut: Path) -> None:
     with Model.load(lut, threads=2, tables="int8") as model:
         ours = model.logits(golden.ids)
-    assert golden.settled.mean() > 0.8
+    assert golden.settled.mean() > 0.65
     assert difference(ours, golden.logits_int8)[golden.settled].max() < ROUND_OFF
     # Four of a layer's products stand in a row, then comes lm_head; their errors add up, and where
     # attention is sharp, as in these models, the softmax may double them.

@@ -75,7 +75,8 @@ py::array_t<float> forward(const PyLinear& self, const py::array& x, ThreadPool&
 Tables parse_tables(const std::string& text) {
   if (text == "int8") return Tables::kInt8;
   if (text == "exact") return Tables::kExact;
-  throw std::invalid_argument("tables must be 'int8' or 'exact', not '" + text + "'");
+  if (text == "exact8") return Tables::kExact8;
+  throw std::invalid_argument("tables must be 'int8', 'exact' or 'exact8', not '" + text + "'");
 }
 
 void bind_linear(py::module_& module) {

@@ -37,7 +37,10 @@ bool has(const std::string& feature) {
   if (feature == "avx512dq") return zmm && bit(extended.ebx, 17);
   if (feature == "avx512bw") return zmm && bit(extended.ebx, 30);
   if (feature == "avx512vl") return zmm && bit(extended.ebx, 31);
+  if (feature == "avx512vbmi") return zmm && bit(extended.ecx, 1);
   if (feature == "avx512vnni") return zmm && bit(extended.ecx, 11);
+  if (feature == "avx512bitalg") return zmm && bit(extended.ecx, 12);
+  if (feature == "gfni") return ymm && bit(extended.ecx, 8);
   return false;
 }
 

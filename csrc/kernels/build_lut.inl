@@ -1,98 +1,205 @@
-// Tables of one span of 32 activations: 8 tables of 16 entries, entry e the sum of +-x by its bits.
+// The tables of one region of 64 activations (layout/lut.h).
 
-template <typename S>
-void build_span(const float* x, Tables tables, const LutView& lut) {
-  using N = typename S::Narrow;  // at most 8 lanes: a lane is a table
+// A value for each table of half a region: those that the low nibbles of its 4 chunks index, then
+// those of the high nibbles.
+using TableRow = float[kHalfTables];
+
+struct HalfRegion {
+  alignas(64) TableRow lanes[kTableWeights];  // lanes[i][t] = x[i] of table t
+  alignas(64) TableRow limit;                 // the largest entry; of exact tables the largest |x|
+  alignas(64) TableRow poison;                // NaN where an x is infinite or NaN
+};
+
+template <typename N>
+inline void measure_half(bool exact, HalfRegion& half) {
   using F = typename N::F;
-  constexpr int kStep = N::kFloats;
-  const bool exact = tables == Tables::kExact;
-
-  alignas(64) float lanes[kTableWeights][kSpanTables];  // lanes[i][t] = x[4 t + i]
-  for (int t = 0; t < kSpanTables; ++t) {
-    for (int i = 0; i < kTableWeights; ++i) lanes[i][t] = x[kTableWeights * t + i];
-  }
-
-  // What sets the scale: the largest entry, or for exact tables the largest |x|.
-  alignas(64) float magnitude[kSpanTables], poison[kSpanTables];
-  for (int t = 0; t < kSpanTables; t += kStep) {
+  for (int t = 0; t < kHalfTables; t += N::kFloats) {
     const F zero = N::set(0);
-    F m = zero, p = zero;
+    F limit = zero, poison = zero;
     for (int i = 0; i < kTableWeights; ++i) {
-      const F value = N::load_f(lanes[i] + t);
+      const F value = N::load_f(half.lanes[i] + t);
       const F size = N::max(value, N::sub(zero, value));
-      m = exact ? N::max(m, size) : N::add(m, size);
-      p = N::fma(value, zero, p);  // NaN where an x is infinite or NaN
+      limit = exact ? N::max(limit, size) : N::add(limit, size);
+      poison = N::fma(value, zero, poison);
     }
-    N::store_f(magnitude + t, m);
-    N::store_f(poison + t, p);
+    N::store_f(half.limit + t, limit);
+    N::store_f(half.poison + t, poison);
   }
-  const float range = exact ? static_cast<float>(kExactMax) : 127.0f;
-  alignas(64) float inverse[kSpanTables], scale[kSpanTables];  // of each table's block
-  for (int block = 0; block < kSpanBlocks; ++block) {
-    float limit = 0, poisoned = 0;
-    for (int t = block * kBlockTables; t < (block + 1) * kBlockTables; ++t) {
-      limit = magnitude[t] > limit ? magnitude[t] : limit;
-      poisoned += poison[t];
-    }
-    const bool finite = poisoned == 0 && limit <= __FLT_MAX__;
-    // Below this the inverse would overflow: such a block counts as zero.
-    const bool vanishes = !(limit >= range * 0x1p-120f);
-    const float block_scale = !finite ? __builtin_nanf("") : vanishes ? 0.0f : limit / range;
-    for (int t = block * kBlockTables; t < (block + 1) * kBlockTables; ++t) {
-      inverse[t] = finite && !vanishes ? range / limit : 0.0f;
-      scale[t] = block_scale;
-      if (inverse[t] != 0) continue;
-      for (auto& row : lanes) row[t] = 0;
-    }
-    lut.half_scale[block] = 0.5f * block_scale;
-  }
+}
 
-  alignas(64) int32_t low[8][kSpanTables], high[8][kSpanTables];  // entries 8..15 of every table
-  for (int t = 0; t < kSpanTables; t += kStep) {
-    const F to_units = N::load_f(inverse + t);
-    F v[kTableWeights];
-    for (int i = 0; i < kTableWeights; ++i) {
-      v[i] = N::load_f(lanes[i] + t);
-      if (exact) {
-        v[i] = N::to_float(N::round_to_int(N::mul(v[i], to_units)));
-        N::store_f(lanes[i] + t, N::mul(v[i], N::load_f(scale + t)));  // what the sums add up
-      }
-    }
-    const F plus01 = N::add(v[0], v[1]), minus01 = N::sub(v[0], v[1]);
-    const F plus32 = N::add(v[3], v[2]), minus32 = N::sub(v[3], v[2]);
-    const auto put = [&](int e, F value) {
-      if (exact) {
-        // 255 is odd: no sum lies half-way, and the low part is within +-127 like its mirror image.
-        const F high_part = N::to_float(N::round_to_int(N::mul(value, N::set(1.0f / kExactBase))));
-        N::store_i(high[e] + t, N::round_to_int(high_part));
-        value = N::fma(high_part, N::set(-static_cast<float>(kExactBase)), value);
-      } else {
-        value = N::mul(value, to_units);
-      }
-      N::store_i(low[e] + t, N::round_to_int(value));
-    };
-    put(0, N::sub(minus32, plus01));
-    put(1, N::add(minus32, minus01));
-    put(2, N::sub(minus32, minus01));
-    put(3, N::add(minus32, plus01));
-    put(4, N::sub(plus32, plus01));
-    put(5, N::add(plus32, minus01));
-    put(6, N::sub(plus32, minus01));
-    put(7, N::add(plus32, plus01));
-  }
-  N::write_tables(low, lut.entries, table_bytes(tables));
-  if (exact) N::write_tables(high, lut.entries + kTableEntries, table_bytes(tables));
+// Calls put(e, entry) for entries 8 to 15 of as many tables as N has lanes.
+template <typename N, typename Put>
+inline void upper_entries(const HalfRegion& half, int t, const Put& put) {
+  using F = typename N::F;
+  F v[kTableWeights];
+  for (int i = 0; i < kTableWeights; ++i) v[i] = N::load_f(half.lanes[i] + t);
+  const F plus01 = N::add(v[0], v[1]), minus01 = N::sub(v[0], v[1]);
+  const F plus32 = N::add(v[3], v[2]), minus32 = N::sub(v[3], v[2]);
+  put(0, N::sub(minus32, plus01));
+  put(1, N::add(minus32, minus01));
+  put(2, N::sub(minus32, minus01));
+  put(3, N::add(minus32, plus01));
+  put(4, N::sub(plus32, plus01));
+  put(5, N::add(plus32, minus01));
+  put(6, N::sub(plus32, minus01));
+  put(7, N::add(plus32, plus01));
+}
 
-  for (int c = 0; c < kSpanChunks; ++c) {
-    float sum = 0;
-    for (int t = 2 * c; t < 2 * c + 2; ++t) {
-      for (int i = 0; i < kTableWeights; ++i) sum += lanes[i][t];
+// int8 tables: entry = round(sum * inverse step).
+template <typename N>
+inline void write_half(const HalfRegion& half, const TableRow& inverse_step, int8_t* out) {
+  alignas(64) int32_t entries[8][kHalfTables];
+  for (int t = 0; t < kHalfTables; t += N::kFloats) {
+    const auto scale = N::load_f(inverse_step + t);
+    upper_entries<N>(half, t, [&](int e, typename N::F sum) {
+      N::store_i(entries[e] + t, N::round_to_int(N::mul(sum, scale)));
+    });
+  }
+  N::write_tables(entries, out);
+}
+
+// Exact tables of activations that are integers (steps) by now: low parts, then high parts.
+template <typename N>
+inline void write_half_exact(const HalfRegion& half, int8_t* out) {
+  using F = typename N::F;
+  alignas(64) int32_t low[8][kHalfTables], high[8][kHalfTables];
+  for (int t = 0; t < kHalfTables; t += N::kFloats) {
+    upper_entries<N>(half, t, [&](int e, F sum) {
+      // 255 is odd: no sum lies half-way, and the low part is within +-127 like its mirror image.
+      const F upper = N::to_float(N::round_to_int(N::mul(sum, N::set(1.0f / kExactBase))));
+      N::store_i(high[e] + t, N::round_to_int(upper));
+      N::store_i(low[e] + t,
+                 N::round_to_int(N::fma(upper, N::set(-static_cast<float>(kExactBase)), sum)));
+    });
+  }
+  N::write_tables(low, out);
+  N::write_tables(high, out + kHalfTables * kTableEntries);
+}
+
+// The smallest multipliers of at most `most` with which no table's limit is more steps than that of
+// the table with the region's largest, `limit` (a whole quotient may be rounded up).
+template <typename N>
+inline void choose_multipliers(const HalfRegion& half, float limit, int most, float to_units,
+                               TableRow& multiplier, TableRow& inverse_step) {
+  using F = typename N::F;
+  const float largest = static_cast<float>(most);
+  const F to_multiples = N::set(largest / limit);
+  for (int t = 0; t < kHalfTables; t += N::kFloats) {
+    const F wanted = N::mul(N::load_f(half.limit + t), to_multiples);
+    const F rounded = N::to_float(N::round_to_int(N::add(wanted, N::set(0.5f))));
+    const F chosen = N::min(N::max(rounded, N::set(1)), N::set(largest));
+    N::store_f(multiplier + t, chosen);
+    N::store_f(inverse_step + t, N::div(N::set(to_units), chosen));
+  }
+}
+
+// Turns the activations into whole numbers of steps.
+template <typename N>
+inline void round_half(HalfRegion& half, const TableRow& inverse_step) {
+  for (auto& row : half.lanes) {
+    for (int t = 0; t < kHalfTables; t += N::kFloats) {
+      const auto steps = N::mul(N::load_f(row + t), N::load_f(inverse_step + t));
+      N::store_f(row + t, N::to_float(N::round_to_int(steps)));
     }
-    lut.chunk_sum[c] = sum;
   }
-  for (int block = 0; block < kSpanBlocks; ++block) {
-    float sum = 0;
-    for (int c = 0; c < kBlockChunks; ++c) sum += lut.chunk_sum[block * kBlockChunks + c];
-    lut.block_sum[block] = sum;
+}
+
+template <typename N>
+inline void sum_tables(const HalfRegion& half, TableRow& sums) {
+  for (int t = 0; t < kHalfTables; t += N::kFloats) {
+    auto sum = N::load_f(half.lanes[0] + t);
+    for (int i = 1; i < kTableWeights; ++i) sum = N::add(sum, N::load_f(half.lanes[i] + t));
+    N::store_f(sums + t, sum);
   }
+}
+
+// The units of one region, or of a token.
+struct Scale {
+  float unit;      // NaN if an activation is not finite
+  float to_units;  // 0 if there is nothing to round
+};
+
+inline Scale choose_scale(float limit, float poison, int units) {
+  const float range = static_cast<float>(units);
+  if (!(poison == 0 && limit <= __FLT_MAX__)) return {__builtin_nanf(""), 0};
+  if (!(limit >= range * 0x1p-120f)) return {0, 0};  // the inverse would overflow: counts as zero
+  return {limit / range, range / limit};
+}
+
+// The largest multiplier M with which the largest entries add up to at most kLimitSum * 127 units:
+// M * (sum of all limits / the largest) <= kLimitSum. All 16 alike leave 5.
+inline int largest_multiplier(const HalfRegion* halves, float limit) {
+  constexpr int kLeast = kLimitSum / kRegionTables;
+  float sum = 0;
+  for (int h = 0; h < kRegionHalves; ++h) {
+    for (const float of_table : halves[h].limit) sum += of_table;
+  }
+  const float fits = static_cast<float>(kLimitSum) * (limit / sum);
+  if (!(fits > kLeast)) return kLeast;
+  return fits < kMaxMultiplier ? static_cast<int>(fits) : kMaxMultiplier;
+}
+
+// x [64]; to_token_units is for Tables::kExact8.
+template <typename S>
+void build_region(const float* x, Tables tables, float to_token_units, const LutView& lut) {
+  using N = typename S::Narrow;  // at most 8 lanes: a lane is a table
+  const bool exact = tables != Tables::kInt8;
+
+  HalfRegion halves[kRegionHalves];
+  float limit = 0, poison = 0;
+  for (int h = 0; h < kRegionHalves; ++h) {
+    N::deal_to_tables(x + h * kHalfChunks * kChunkWeights, halves[h].lanes);
+    measure_half<N>(exact, halves[h]);
+    for (int t = 0; t < kHalfTables; ++t) {
+      limit = halves[h].limit[t] > limit ? halves[h].limit[t] : limit;
+      poison += halves[h].poison[t];
+    }
+  }
+  const int most = tables == Tables::kInt8    ? largest_multiplier(halves, limit)
+                   : tables == Tables::kExact ? kExactMultiplier
+                                              : 1;
+  Scale scale = choose_scale(limit, poison, most * (exact ? kExactMax : kInt8Max));
+  if (tables == Tables::kExact8) {
+    scale = {poison == 0 ? 1.0f : __builtin_nanf(""), poison == 0 ? to_token_units : 0};
+  }
+  lut.half_unit[0] = 0.5f * scale.unit;
+
+  const float sum_unit = exact ? scale.unit : 1;
+  float region_sum = 0;
+  for (int h = 0; h < kRegionHalves; ++h) {
+    HalfRegion& half = halves[h];
+    alignas(64) TableRow multiplier, inverse_step;
+    for (int t = 0; t < kHalfTables; t += N::kFloats) {
+      N::store_f(multiplier + t, N::set(1));
+      N::store_f(inverse_step + t, N::set(scale.to_units));
+    }
+    if (scale.to_units == 0) {
+      for (auto& row : half.lanes) {
+        for (float& value : row) value = 0;
+      }
+    } else if (most > 1) {
+      choose_multipliers<N>(half, limit, most, scale.to_units, multiplier, inverse_step);
+    }
+    int8_t* entries = lut.entries + h * kHalfTables * table_parts(tables) * kTableEntries;
+    if (exact) {
+      round_half<N>(half, inverse_step);
+      write_half_exact<N>(half, entries);
+    } else {
+      write_half<N>(half, inverse_step, entries);
+    }
+    alignas(64) int32_t multipliers[kHalfTables];
+    alignas(64) TableRow sums;
+    sum_tables<N>(half, sums);
+    for (int t = 0; t < kHalfTables; t += N::kFloats) {
+      N::store_i(multipliers + t, N::round_to_int(N::load_f(multiplier + t)));
+      if (exact) N::store_f(sums + t, N::mul(N::load_f(sums + t), N::load_f(multiplier + t)));
+    }
+    S::write_multipliers(multipliers, lut.multipliers + h * kMultiplierWords);
+    for (int c = 0; c < kHalfChunks; ++c) {
+      const float sum = sums[c] + sums[kHalfChunks + c];
+      lut.chunk_sum[h * kHalfChunks + c] = sum * sum_unit;
+      region_sum += sum;
+    }
+  }
+  lut.region_sum[0] = region_sum * sum_unit;
 }

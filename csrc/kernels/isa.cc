@@ -5,6 +5,8 @@
 // No standard containers or inline std functions here: compiled with ISA flags they would become
 // weak symbols that the linker may pick for code that runs on any CPU.
 
+#include <type_traits>
+
 #include "core/half.h"
 #include "kernels/kernels_table.h"
 
@@ -34,11 +36,12 @@ using Isa = TMAC_ISA_TYPE;
 extern const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME);
 const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME) = {
     TMAC_STRING(TMAC_ISA_NAME),
-    build_span<Isa>,
+    build_region<Isa>,
     {TMAC_TILES(1), TMAC_TILES(2)},
     rms_norm<Isa>,
     silu_multiply<Isa>,
     add<Isa>,
+    max_abs<Isa>,
     to_half<Isa>,
     attend<Isa>,
 };

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "kernels/lut.h"
+#include "layout/lut.h"
 
 namespace tmac {
 
@@ -10,14 +10,15 @@ namespace tmac {
 struct Kernels {
   const char* name;
 
-  // Builds the tables of one span from x [32] into the arrays that `lut` begins with.
-  // A block with a NaN or an infinity gets a NaN scale, so that what reads it becomes NaN.
-  void (*build_span)(const float* x, Tables tables, const LutView& lut);
+  // Builds the tables of one region from x [64] into the arrays that `lut` begins with. A region
+  // with a NaN or an infinity gets a NaN unit, so that what reads it becomes NaN.
+  // to_token_units is 127 / the token's largest |x|, for Tables::kExact8.
+  void (*build_region)(const float* x, Tables tables, float to_token_units, const LutView& lut);
 
-  // y[32] = one tile of 32 rows times the activations behind `lut`.
-  // By tables, then by bits - 1.
-  using MultiplyTile = void (*)(const LinearSpec& spec, const uint8_t* tile, const LutView& lut,
-                                float* y);
+  // y [n, 32] = one tile of 32 rows times the activations behind `luts` [n]; rows of y are
+  // `stride` apart. By parts of the tables - 1, then by bits - 1.
+  using MultiplyTile = void (*)(const LinearSpec& spec, const uint8_t* tile, const LutView* luts,
+                                int64_t n, float* y, int64_t stride);
   MultiplyTile multiply_tile[2][kMaxBits];
 
   // out[i] = x[i] * weight[i] / sqrt(mean(x^2) + eps)
@@ -25,6 +26,8 @@ struct Kernels {
   // gate[i] = silu(gate[i]) * up[i]
   void (*silu_multiply)(float* gate, const float* up, int64_t n);
   void (*add)(float* x, const float* y, int64_t n);
+  // The largest |x|; unspecified where an x is NaN.
+  float (*max_abs)(const float* x, int64_t n);
   void (*to_half)(const float* x, uint16_t* out, int64_t n);
   // One head's softmax(scale * q.K^T) V over n positions: q [head_dim], keys and values
   // [n, head_dim] binary16, scores [n] scratch, out [head_dim].

@@ -1,163 +1,244 @@
-// One tile of 32 rows times one activation vector, by table lookup: the bit-serial mpGEMV of T-MAC
-// (Wei et al., 2024, section 3) on the layout of layout/layout.h.
+// One tile of 32 rows times several activation vectors, by table lookup: the bit-serial mpGEMM of
+// T-MAC (Wei et al., 2024, section 3) on the layout of layout/layout.h.
 //
 // With beta = +-1 for a set or clear bit, a code is u = (2^b - 1)/2 + sum_p 2^(p-1) beta_p, so
 //   sum_k u x = (2^b - 1)/2 * sum_k x  +  1/2 * sum_p 2^p * (signed sums of x, looked up).
 
-// Sums of the lookups of one run of chunks, for all planes and all rows of the tile.
+// body(0), body(1), ..., body(kCount - 1), written out, each number known to the compiler.
+template <int kCount, int kAt = 0, typename Body>
+inline void repeat(const Body& body) {
+  if constexpr (kAt < kCount) {
+    body(std::integral_constant<int, kAt>{});
+    repeat<kCount, kAt + 1>(body);
+  }
+}
+
+// Sums of the lookups within a region, for one token: all planes and all rows of the tile.
 template <typename S, int kBits>
 struct PlaneSums {
   static constexpr int kQuads = kBits / 4;
   static constexpr bool kPair = kBits % 4 >= 2;
   static constexpr bool kSingle = kBits % 2 == 1;
-  static constexpr int kQuadVectors = 4 * kTileRows / S::kBytes;
-  static constexpr int kPairVectors = 2 * kTileRows / S::kBytes;
-  static constexpr int kSingleVectors = kTileRows / S::kBytes1;
-  static constexpr int kFloatVectors = kTileRows / S::kFloats;
+  static constexpr int kAccumulators = kQuads * S::Quad::kAccumulators +
+                                       kPair * S::Pair::kAccumulators +
+                                       kSingle * S::Single::kAccumulators;
 
-  typename S::Quad quads[kQuads > 0 ? kQuads : 1][kQuadVectors];
-  typename S::Pair pairs[kPairVectors];
-  typename S::Single singles[kSingleVectors];
+  typename S::Quad quads[kQuads > 0 ? kQuads : 1];
+  typename S::Pair pair;
+  typename S::Single single;
 
-  // Weighs the sets by 2^(first plane). |row i| <= (2^b - 1) * 4 tables * 127 < 2^17 a block,
-  // so 255 * high + low fits int32.
+  // The i-th vector of rows; weighs the sets by 2^(first plane). int8 tables: |row| <=
+  // (85 * 127 + 51) * (2^8 - 1) < 2^22; exact tables: each part <= 16 * 4 * 127 * (2^8 - 1), and so
+  // |255 * high + low| < 2^30.
   typename S::I row(int i) const {
     typename S::I total = S::zero_i();
-    if constexpr (kQuads > 0) total = quads[0][i].sum(0);
-    if constexpr (kQuads > 1) total = S::template add_shifted<4>(total, quads[1][i].sum(0));
-    if constexpr (kPair) {
-      constexpr int kEach = S::kBytes / 2 / S::kFloats;
-      total = S::template add_shifted<4 * kQuads>(total, pairs[i / kEach].sum(i % kEach));
-    }
-    if constexpr (kSingle) {
-      constexpr int kEach = S::kBytes1 / S::kFloats;
-      total = S::template add_shifted<kBits - 1>(total, singles[i / kEach].sum(i % kEach));
-    }
+    if constexpr (kQuads > 0) total = quads[0].sum(i);
+    if constexpr (kQuads > 1) total = S::template add_shifted<4>(total, quads[1].sum(i));
+    if constexpr (kPair) total = S::template add_shifted<4 * kQuads>(total, pair.sum(i));
+    if constexpr (kSingle) total = S::template add_shifted<kBits - 1>(total, single.sum(i));
     return total;
   }
 };
 
-// Adds one chunk: `codes` [32 * bits] against tables number 0 and 1 of `entries`, both of which
-// stand `stride` bytes apart; sums[part] takes the part-th byte of every entry.
+// Distance, in bytes of the packed stream, at which cache lines are asked for: two pages ahead, so
+// that the page is looked up in time too.
+constexpr int64_t kPrefetchBytes = 8192;
+
+// As many tokens as have their accumulators in registers.
 template <typename S, int kBits, int kParts>
-inline void add_chunk(PlaneSums<S, kBits>* sums, const uint8_t* codes, const int8_t* entries) {
-  using Sums = PlaneSums<S, kBits>;
-  typename S::B even[kParts], odd[kParts];
-  for (int part = 0; part < kParts; ++part) {
-    even[part] = S::table(entries + part * kTableEntries);
-    odd[part] = S::table(entries + (kParts + part) * kTableEntries);
-  }
-  const auto add_vector = [&](auto&& accumulator_of) {
-    const typename S::B b = S::load(codes);
-    const typename S::B low = S::low(b), high = S::high(b);
-    for (int part = 0; part < kParts; ++part) {
-      accumulator_of(sums[part]).add(S::lookup(even[part], low));
-      accumulator_of(sums[part]).add(S::lookup(odd[part], high));
-    }
-    codes += S::kBytes;
-  };
-#pragma GCC unroll 8
-  for (int q = 0; q < Sums::kQuads; ++q) {
-#pragma GCC unroll 8
-    for (int v = 0; v < Sums::kQuadVectors; ++v) {
-      add_vector([&](Sums& s) -> auto& { return s.quads[q][v]; });
-    }
-  }
-  if constexpr (Sums::kPair) {
-#pragma GCC unroll 8
-    for (int v = 0; v < Sums::kPairVectors; ++v) {
-      add_vector([&](Sums& s) -> auto& { return s.pairs[v]; });
-    }
-  }
-  if constexpr (Sums::kSingle) {
-#pragma GCC unroll 8
-    for (int v = 0; v < Sums::kSingleVectors; ++v) {
-      const typename S::B1 b = S::load1(codes);
-      const typename S::B1 low = S::low(b), high = S::high(b);
-      for (int part = 0; part < kParts; ++part) {
-        sums[part].singles[v].add(S::lookup(S::narrow(even[part]), low),
-                                  S::lookup(S::narrow(odd[part]), high));
-      }
-      codes += S::kBytes1;
-    }
-  }
+constexpr int tokens_together() {
+  constexpr int kFit = S::kAccumulators / (PlaneSums<S, kBits>::kAccumulators * kParts);
+  return kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
 }
 
-// Distance, in bytes of the packed stream, at which the next cache lines are asked for.
-constexpr int64_t kPrefetchBytes = 2048;
-
-template <typename S, int kBits, int kParts>
-void multiply_tile(const LinearSpec& spec, const uint8_t* tile, const LutView& lut, float* y) {
-  using Sums = PlaneSums<S, kBits>;
+template <typename S, int kBits, int kParts, int kTokens>
+struct TileProduct {
   using F = typename S::F;
-  constexpr int kVectors = Sums::kFloatVectors;
-  constexpr int64_t kChunkBytes = kTileRows * kBits;
-  constexpr float kHalf = ((1 << kBits) - 1) * 0.5f;
+  using I = typename S::I;
+  using Sums = PlaneSums<S, kBits>;
+  static constexpr int kVectors = kTileRows / S::kFloats;
+  static constexpr int64_t kChunkBytes = kTileRows * kBits;
 
-  const int64_t n_groups = spec.n_groups();
-  const int64_t full_chunks = spec.group_chunks();
-  const bool constant_zero = spec.offset_kind == OffsetKind::kNone;
-  const float centre = constant_zero ? kHalf - spec.zero : kHalf;
+  const LutView* const luts;  // [kTokens]
 
-  F acc[kVectors];
-  for (F& a : acc) a = S::set(0);
-  const uint8_t* at = tile;
-  int64_t chunk = 0;
-  for (int64_t g = 0; g < n_groups; ++g) {
-    const int64_t group_end = chunk + (g + 1 < n_groups ? full_chunks : spec.chunks_in(g));
-    F group[kVectors];
-    for (F& v : group) v = S::set(0);
-    float x_sum = 0;
-    while (chunk < group_end) {
-      const int64_t block = chunk / kBlockChunks;
-      const int64_t block_end = (block + 1) * kBlockChunks;
-      Sums sums[kParts];
-      if (chunk + kBlockChunks == block_end && block_end <= group_end) {
-        for (int i = 0; i < kBlockChunks; ++i) {
-          for (int64_t line = 0; line < kChunkBytes; line += 64) {
-            S::prefetch(at + line + kPrefetchBytes);
-          }
-          add_chunk<S, kBits, kParts>(sums, at,
-                                      lut.entries + (chunk + i) * 2 * kParts * kTableEntries);
-          at += kChunkBytes;
-        }
-        x_sum += lut.block_sum[block];
-        chunk = block_end;
-      } else {
-        const int64_t end = block_end < group_end ? block_end : group_end;
-        for (; chunk < end; ++chunk, at += kChunkBytes) {
-          add_chunk<S, kBits, kParts>(sums, at, lut.entries + chunk * 2 * kParts * kTableEntries);
-          x_sum += lut.chunk_sum[chunk];
-        }
+  // Adds the kChunks chunks at `codes` to the sums; they are chunk `first` and what follows of a
+  // half region.
+  template <int kChunks>
+  inline void add_chunks(Sums (&sums)[kTokens][kParts], const uint8_t* codes, int64_t half,
+                         int first) const {
+    const auto add_set = [&](const uint8_t* at, auto set_of) {
+      using Set = std::remove_reference_t<decltype(set_of(sums[0][0]))>;
+      constexpr int kTaken = kChunks < Set::kChunks ? kChunks : Set::kChunks;
+      repeat<kChunks / kTaken * Set::kVectors>([&](auto step) {
+        constexpr int kVector = step % Set::kVectors, kChunk = step / Set::kVectors * kTaken;
+        const auto index = Set::template load<kTaken>(at + kChunk * kChunkBytes, kChunkBytes,
+                                                      kVector, first + kChunk);
+        repeat<kTokens * kParts>([&](auto i) {
+          constexpr int kToken = i / kParts, kPart = i % kParts;
+          const LutView& lut = luts[kToken];
+          set_of(sums[kToken][kPart])
+              .template add<kTaken>(
+                  kVector, index,
+                  lut.entries + (half * kParts + kPart) * kHalfTables * kTableEntries,
+                  lut.multipliers + half * kMultiplierWords, first + kChunk);
+        });
+      });
+    };
+    if constexpr (Sums::kQuads > 0) {
+      add_set(codes, [](Sums& s) -> auto& { return s.quads[0]; });
+    }
+    if constexpr (Sums::kQuads > 1) {
+      add_set(codes + 4 * kTileRows, [](Sums& s) -> auto& { return s.quads[1]; });
+    }
+    codes += Sums::kQuads * 4 * kTileRows;
+    if constexpr (Sums::kPair) {
+      add_set(codes, [](Sums& s) -> auto& { return s.pair; });
+      codes += 2 * kTileRows;
+    }
+    if constexpr (Sums::kSingle) {
+      add_set(codes, [](Sums& s) -> auto& { return s.single; });
+    }
+  }
+
+  // The i-th vector of rows, both parts put together.
+  static I row(const Sums (&sums)[kParts], int i) {
+    I row = sums[0].row(i);
+    if constexpr (kParts == 2) {
+      static_assert(kExactBase == 255);
+      const I high = sums[1].row(i);
+      row = S::sub_i(S::template add_shifted<8>(row, high), high);
+    }
+    return row;
+  }
+
+  // rows [kTokens, kVectors] of the chunks [chunk, end) of one region, which are whole halves of
+  // it.
+  inline void add_halves(const uint8_t* at, int64_t chunk, int64_t end,
+                         I (&rows)[kTokens][kVectors]) const {
+    Sums sums[kTokens][kParts];
+    for (int64_t half = chunk / kHalfChunks; half < end / kHalfChunks; ++half) {
+      for (int64_t line = 0; line < kHalfChunks * kChunkBytes; line += 64) {
+        S::prefetch(at + line + kPrefetchBytes);
       }
-      const F unit = S::set(lut.half_scale[block]);
+      add_chunks<kHalfChunks>(sums, at, half, 0);
+      at += kHalfChunks * kChunkBytes;
+    }
+    repeat<kTokens * kVectors>(
+        [&](auto i) { rows[i / kVectors][i % kVectors] = row(sums[i / kVectors], i % kVectors); });
+  }
+
+  // The same for any chunks of one region.
+  __attribute__((noinline)) void add_pieces(const uint8_t* at, int64_t chunk, int64_t end,
+                                            I (&rows)[kTokens][kVectors]) const {
+    static_assert(kTokens == 1);
+    Sums sums[1][kParts];
+    while (chunk < end) {
+      const int64_t half = chunk / kHalfChunks;
+      const int first = static_cast<int>(chunk % kHalfChunks);
+      const int taken = first % 2 == 0 && end - chunk >= 2 ? 2 : 1;
+      if (taken == 2) {
+        add_chunks<2>(sums, at, half, first);
+      } else {
+        add_chunks<1>(sums, at, half, first);
+      }
+      chunk += taken;
+      at += taken * kChunkBytes;
+    }
+    for (int i = 0; i < kVectors; ++i) rows[0][i] = row(sums[0], i);
+  }
+
+  // y [kTokens, 32], rows `stride` apart.
+  __attribute__((flatten)) void run(const LinearSpec& spec, const uint8_t* tile, float* y,
+                                    int64_t stride) const {
+    constexpr float kHalf = ((1 << kBits) - 1) * 0.5f;
+    const int64_t n_groups = spec.n_groups();
+    const int64_t full_chunks = spec.group_chunks();
+    const bool constant_zero = spec.offset_kind == OffsetKind::kNone;
+    const float centre = constant_zero ? kHalf - spec.zero : kHalf;
+
+    F acc[kTokens][kVectors];
+    for (auto& token : acc) {
+      for (F& a : token) a = S::set(0);
+    }
+    const uint8_t* at = tile;
+    int64_t chunk = 0;
+    for (int64_t g = 0; g < n_groups; ++g) {
+      const int64_t group_end = chunk + (g + 1 < n_groups ? full_chunks : spec.chunks_in(g));
+      F group[kTokens][kVectors];
+      float x_sum[kTokens] = {};
+      for (auto& token : group) {
+        for (F& v : token) v = S::set(0);
+      }
+      while (chunk < group_end) {
+        const int64_t region = chunk / kRegionChunks, region_end = (region + 1) * kRegionChunks;
+        const int64_t end = region_end < group_end ? region_end : group_end;
+        I rows[kTokens][kVectors];
+        if (chunk % kHalfChunks == 0 && end % kHalfChunks == 0) {
+          add_halves(at, chunk, end, rows);
+        } else {
+          using OneToken = TileProduct<S, kBits, kParts, 1>;
+          for (int t = 0; t < kTokens; ++t) {
+            I one[1][kVectors];
+            OneToken{luts + t}.add_pieces(at, chunk, end, one);
+            for (int i = 0; i < kVectors; ++i) rows[t][i] = one[0][i];
+          }
+        }
+        at += (end - chunk) * kChunkBytes;
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) {
+          if (end - chunk == kRegionChunks) {
+            x_sum[t] += luts[t].region_sum[region];
+          } else {
+            for (int64_t c = chunk; c < end; ++c) x_sum[t] += luts[t].chunk_sum[c];
+          }
+          const F unit = S::set(luts[t].half_unit[region]);
+#pragma GCC unroll 8
+          for (int i = 0; i < kVectors; ++i) {
+            group[t][i] = S::fma(S::to_float(rows[t][i]), unit, group[t][i]);
+          }
+        }
+        chunk = end;
+      }
+      const uint16_t* scales = reinterpret_cast<const uint16_t*>(at);
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors; ++i) {
-        typename S::I row = sums[0].row(i);
-        if constexpr (kParts == 2) {
-          static_assert(kExactBase == 255);
-          const typename S::I high = sums[1].row(i);
-          row = S::sub_i(S::template add_shifted<8>(row, high), high);
-        }
-        group[i] = S::fma(S::to_float(row), unit, group[i]);
-      }
-    }
-    const uint16_t* scales = reinterpret_cast<const uint16_t*>(at);
-    const F sum = S::set(x_sum), shift = S::set(centre * x_sum);
-#pragma GCC unroll 8
-    for (int i = 0; i < kVectors; ++i) {
-      F value = S::add(group[i], shift);
-      if (!constant_zero) {
-        const F stored = S::load_half(scales + kTileRows + i * S::kFloats);
-        if (spec.offset_kind == OffsetKind::kOffset) {
-          acc[i] = S::fma(stored, sum, acc[i]);
-        } else {
-          value = S::sub(value, S::mul(stored, sum));
+        const F scale = S::load_half(scales + i * S::kFloats);
+        F stored = scale;
+        if (!constant_zero) stored = S::load_half(scales + kTileRows + i * S::kFloats);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) {
+          const F sum = S::set(x_sum[t]);
+          F value = S::add(group[t][i], S::set(centre * x_sum[t]));
+          if (spec.offset_kind == OffsetKind::kOffset) {
+            acc[t][i] = S::fma(stored, sum, acc[t][i]);
+          } else if (spec.offset_kind == OffsetKind::kZero) {
+            value = S::sub(value, S::mul(stored, sum));
+          }
+          acc[t][i] = S::fma(scale, value, acc[t][i]);
         }
       }
-      acc[i] = S::fma(S::load_half(scales + i * S::kFloats), value, acc[i]);
+      at += spec.scale_bytes();
     }
-    at += spec.scale_bytes();
+    for (int t = 0; t < kTokens; ++t) {
+      const F unit = S::set(luts[t].token_unit);
+      for (int i = 0; i < kVectors; ++i) {
+        S::store_f(y + t * stride + i * S::kFloats, S::mul(acc[t][i], unit));
+      }
+    }
   }
-  for (int i = 0; i < kVectors; ++i) S::store_f(y + i * S::kFloats, acc[i]);
+};
+
+template <typename S, int kBits, int kParts>
+void multiply_tile(const LinearSpec& spec, const uint8_t* tile, const LutView* luts, int64_t n,
+                   float* y, int64_t stride) {
+  constexpr int kTokens = tokens_together<S, kBits, kParts>();
+  int64_t t = 0;
+  for (; t + kTokens <= n; t += kTokens) {
+    TileProduct<S, kBits, kParts, kTokens>{luts + t}.run(spec, tile, y + t * stride, stride);
+  }
+  if constexpr (kTokens > 1) {
+    for (; t < n; ++t) {
+      TileProduct<S, kBits, kParts, 1>{luts + t}.run(spec, tile, y + t * stride, stride);
+    }
+  }
 }

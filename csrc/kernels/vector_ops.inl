@@ -117,6 +117,24 @@ void add(float* x, const float* y, int64_t n) {
 }
 
 template <typename S>
+float max_abs(const float* x, int64_t n) {
+  using F = typename S::F;
+  F largest = S::set(0);
+  float rest = 0;
+  for_each_vector<S>(
+      n,
+      [&](int64_t i) {
+        const F value = S::load_f(x + i);
+        largest = S::max(largest, S::max(value, S::sub(S::set(0), value)));
+      },
+      [&](int64_t i) { rest = __builtin_fabsf(x[i]) > rest ? __builtin_fabsf(x[i]) : rest; });
+  float lanes[S::kFloats];
+  S::store_f(lanes, largest);
+  for (const float lane : lanes) rest = lane > rest ? lane : rest;
+  return rest;
+}
+
+template <typename S>
 void to_half(const float* x, uint16_t* out, int64_t n) {
   for_each_vector<S>(
       n, [&](int64_t i) { S::store_half(out + i, S::load_f(x + i)); },

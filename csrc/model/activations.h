@@ -7,7 +7,7 @@ namespace tmac {
 // Scratch of one decoder step: for up to `tokens` tokens at once, by `threads` threads, over up to
 // `n_ctx` positions. Its sizes are those of one decoder.
 struct Activations {
-  Activations(const DecoderConfig& config, const DecoderWeights& weights, int64_t max_spans,
+  Activations(const DecoderConfig& config, const DecoderWeights& weights, int64_t max_regions,
               int64_t n_tokens, int64_t n_threads, int64_t max_ctx)
       : tokens(n_tokens),
         threads(n_threads),
@@ -25,8 +25,8 @@ struct Activations {
         normed(threads * weights.embed_tokens.spec.k),
         rotated(threads * config.head_dim),
         scores(threads * n_ctx),
-        luts(config.tables, max_spans, tokens),
-        down_luts(config.tables, max_spans, tokens) {}
+        luts(config.tables, max_regions, tokens),
+        down_luts(config.tables, max_regions, tokens) {}
 
   int64_t tokens, threads, n_ctx;
   AlignedBuffer<float> x;               // [tokens, hidden] the residual stream

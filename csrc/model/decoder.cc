@@ -107,7 +107,7 @@ struct Decoder::Pass {
 
  private:
   // The tables of norm(x) for tokens [first, last), as tokens 0.. of a.luts. For one token the
-  // threads share the spans, and each computes the norm for itself.
+  // threads share the regions, and each computes the norm for itself.
   void norm_into_tables(const float* weight, const LutPlan& plan, int64_t first, int64_t last) {
     const int64_t parts = last - first == 1 ? team.threads() : 1;
     float* normed = a.normed.data() + team.thread() * hidden;
@@ -116,10 +116,8 @@ struct Decoder::Pass {
         const int64_t t = i / parts, part = i % parts;
         isa.rms_norm(a.x.data() + (first + t) * hidden, weight, hidden, config.rms_norm_eps,
                      normed);
-        for (int64_t b = plan.n_spans() * part / parts; b < plan.n_spans() * (part + 1) / parts;
-             ++b) {
-          a.luts.build(plan, t, b, normed);
-        }
+        a.luts.build(plan, t, plan.n_regions() * part / parts,
+                     plan.n_regions() * (part + 1) / parts, normed);
       }
     });
   }
@@ -133,7 +131,7 @@ struct Decoder::Pass {
       int64_t before = 0;  // tiles of earlier products
       for (const Product& p : products) {
         const int64_t here = p.w.spec.n_tiles();
-        multiply_tiles(p.w, a.luts, plan.first_span(reader++), tokens,
+        multiply_tiles(p.w, a.luts, plan.first_region(reader++), tokens,
                        std::clamp<int64_t>(begin - before, 0, here),
                        std::clamp<int64_t>(end - before, 0, here), p.y, p.w.spec.m);
         before += here;
@@ -144,7 +142,7 @@ struct Decoder::Pass {
   // x += w . input
   void multiply_add(const Linear& w, Luts& luts, const LutPlan& plan) {
     team.parallel_for(w.spec.n_tiles(), [&](int64_t begin, int64_t end) {
-      multiply_tiles(w, luts, plan.first_span(0), n, begin, end, a.delta.data(), hidden);
+      multiply_tiles(w, luts, plan.first_region(0), n, begin, end, a.delta.data(), hidden);
       const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, hidden);
       for (int64_t t = 0; t < n; ++t) {
         isa.add(a.x.data() + t * hidden + row, a.delta.data() + t * hidden + row, row_end - row);
@@ -167,7 +165,7 @@ struct Decoder::Pass {
   }
 
   void attend(int64_t layer, const LutPlan& o_plan) {
-    const bool build_now = o_plan.contiguous() && head_dim % kSpanWeights == 0;
+    const bool build_now = a.luts.builds_early(o_plan) && head_dim % kRegionWeights == 0;
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
     const int64_t heads_per_kv = config.n_heads / config.n_kv_heads;
     float* rotated = a.rotated.data() + team.thread() * head_dim;
@@ -185,7 +183,7 @@ struct Decoder::Pass {
         isa.attend(rotated, cache.keys(layer, head / heads_per_kv) + first * head_dim,
                    cache.values(layer, head / heads_per_kv) + first * head_dim, last + 1 - first,
                    head_dim, scale, scores, out + at);
-        if (build_now) a.luts.build_range(o_plan, t, at, at + head_dim, out);
+        if (build_now) a.luts.build_weights(o_plan, t, at, at + head_dim, out);
       }
     });
     if (!build_now) build_luts(team, o_plan, a.luts, n, a.attended.data(), q_width);
@@ -194,24 +192,26 @@ struct Decoder::Pass {
   // Tables of silu(gate . x) * (up . x).
   void feed_forward(const LayerWeights& w, const LayerPlans& plans) {
     const int64_t width = w.gate.spec.m;
-    team.parallel_for(w.gate.spec.n_tiles(), [&](int64_t begin, int64_t end) {
-      multiply_tiles(w.gate, a.luts, plans.gate_up.first_span(0), n, begin, end, a.gate.data(),
+    const bool build_now = a.down_luts.builds_early(plans.down);
+    // As many tiles as make a region of the next product's input.
+    constexpr int64_t kTiles = kRegionWeights / kTileRows;
+    const int64_t n_tiles = w.gate.spec.n_tiles();
+    team.parallel_for(ceil_div(n_tiles, kTiles), [&](int64_t first, int64_t last) {
+      const int64_t begin = first * kTiles, end = std::min(last * kTiles, n_tiles);
+      multiply_tiles(w.gate, a.luts, plans.gate_up.first_region(0), n, begin, end, a.gate.data(),
                      width);
-      multiply_tiles(w.up, a.luts, plans.gate_up.first_span(1), n, begin, end, a.up.data(), width);
+      multiply_tiles(w.up, a.luts, plans.gate_up.first_region(1), n, begin, end, a.up.data(),
+                     width);
       const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, width);
       for (int64_t t = 0; t < n; ++t) {
         isa.silu_multiply(a.gate.data() + t * width + row, a.up.data() + t * width + row,
                           row_end - row);
-        // A tile of rows is a span of the next product's input.
-        static_assert(kTileRows == kSpanWeights);
-        if (plans.down.contiguous()) {
-          a.down_luts.build_range(plans.down, t, row, row_end, a.gate.data() + t * width);
+        if (build_now) {
+          a.down_luts.build_weights(plans.down, t, row, row_end, a.gate.data() + t * width);
         }
       }
     });
-    if (!plans.down.contiguous()) {
-      build_luts(team, plans.down, a.down_luts, n, a.gate.data(), width);
-    }
+    if (!build_now) build_luts(team, plans.down, a.down_luts, n, a.gate.data(), width);
   }
 };
 
@@ -228,10 +228,11 @@ Decoder::Decoder(DecoderConfig config, DecoderWeights weights)
 
 Decoder::~Decoder() = default;
 
-int64_t Decoder::most_spans() const {
-  int64_t most = head_plan_.n_spans();
+int64_t Decoder::most_regions() const {
+  int64_t most = head_plan_.n_regions();
   for (const LayerPlans& p : plans_) {
-    most = std::max({most, p.qkv.n_spans(), p.o.n_spans(), p.gate_up.n_spans(), p.down.n_spans()});
+    most = std::max(
+        {most, p.qkv.n_regions(), p.o.n_regions(), p.gate_up.n_regions(), p.down.n_regions()});
   }
   return most;
 }
@@ -249,7 +250,7 @@ std::unique_ptr<Activations> Decoder::take_activations(int64_t tokens, int threa
     }
     idle_.clear();  // too small: larger ones come back in their place
   }
-  return std::make_unique<Activations>(config_, weights_, most_spans(), tokens, threads, n_ctx);
+  return std::make_unique<Activations>(config_, weights_, most_regions(), tokens, threads, n_ctx);
 }
 
 void Decoder::forward(const int32_t* ids, int64_t n, bool all, KvCache& cache, ThreadPool& pool,

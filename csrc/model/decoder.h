@@ -62,7 +62,7 @@ class Decoder {
 
  private:
   struct Pass;
-  int64_t most_spans() const;
+  int64_t most_regions() const;
   std::unique_ptr<Activations> take_activations(int64_t tokens, int threads, int64_t n_ctx);
 
   const DecoderConfig config_;

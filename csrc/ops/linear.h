@@ -14,8 +14,8 @@ struct Linear {
 };
 
 // y[t, 32 * tile...] = w . x_t for the tiles [tile_begin, tile_end) and t < n_tokens, where the
-// tables of token t begin at `first_span`. Rows of y are `stride` apart.
-void multiply_tiles(const Linear& w, Luts& luts, int64_t first_span, int64_t n_tokens,
+// tables of token t begin at `first_region`. Rows of y are `stride` apart.
+void multiply_tiles(const Linear& w, Luts& luts, int64_t first_region, int64_t n_tokens,
                     int64_t tile_begin, int64_t tile_end, float* y, int64_t stride);
 
 // y [n, m] = x [n, k] . w^T

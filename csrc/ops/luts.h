@@ -27,7 +27,7 @@ struct LutShape {
         n_chunks(spec.n_chunks()) {}
   bool operator==(const LutShape& o) const { return k == o.k && group_size == o.group_size; }
   bool contiguous() const { return group_size == 0; }
-  int64_t n_spans() const { return ceil_div(n_chunks, kSpanChunks); }
+  int64_t n_regions() const { return ceil_div(n_chunks, kRegionChunks); }
 };
 
 // The tables that the readers of one activation vector need: one set for each distinct shape.
@@ -35,42 +35,52 @@ class LutPlan {
  public:
   LutPlan(std::initializer_list<LinearSpec> readers);
 
-  int64_t n_spans() const { return n_spans_; }
-  // True if each span can be built as soon as its own 32 activations are known.
+  int64_t n_regions() const { return n_regions_; }
+  // True if region i is weights 64 i..64 i + 63 for all readers.
   bool contiguous() const { return sets_.size() == 1 && sets_[0].shape.contiguous(); }
   // Where the tables of the i-th reader begin.
-  int64_t first_span(size_t reader) const { return reader_spans_[reader]; }
+  int64_t first_region(size_t reader) const { return reader_regions_[reader]; }
 
  private:
   friend class Luts;
   struct Set {
     LutShape shape;
-    int64_t first_span;
+    int64_t first_region;
   };
   std::vector<Set> sets_;
-  std::vector<int64_t> reader_spans_;
-  int64_t n_spans_ = 0;
+  std::vector<int64_t> reader_regions_;
+  int64_t n_regions_ = 0;
 };
 
 // Memory for the tables of several tokens.
 class Luts {
  public:
-  Luts(Tables tables, int64_t max_spans, int64_t max_tokens);
+  Luts(Tables tables, int64_t max_regions, int64_t max_tokens);
 
   Tables tables() const { return tables_; }
-  LutView view(int64_t token, int64_t first_span);
-  // Builds span `span` of `plan` for `token` from all of its activations x [k].
-  void build(const LutPlan& plan, int64_t token, int64_t span, const float* x);
-  // Builds the spans of weights [begin, end), multiples of 32 or k. Needs plan.contiguous().
-  void build_range(const LutPlan& plan, int64_t token, int64_t begin, int64_t end, const float* x);
+  LutView view(int64_t token, int64_t first_region);
+  // True if a region can be built before the activations of other regions are known.
+  bool builds_early(const LutPlan& plan) const {
+    return plan.contiguous() && tables_ != Tables::kExact8;
+  }
+  // Builds the regions [begin, end) of `plan` for `token` from all of its activations x [k].
+  void build(const LutPlan& plan, int64_t token, int64_t begin, int64_t end, const float* x);
+  // Builds the regions of weights [begin, end), multiples of 64 or k. Needs builds_early(plan).
+  void build_weights(const LutPlan& plan, int64_t token, int64_t begin, int64_t end,
+                     const float* x) {
+    build(plan, token, begin / kRegionWeights, ceil_div(end, kRegionWeights), x);
+  }
 
  private:
   Tables tables_;
-  int64_t max_spans_;
-  AlignedBuffer<int8_t> entries_;    // [max_tokens, max_spans, 8, table_bytes]
-  AlignedBuffer<float> half_scale_;  // [max_tokens, max_spans, 2]
-  AlignedBuffer<float> chunk_sum_;   // [max_tokens, max_spans, 4]
-  AlignedBuffer<float> block_sum_;   // [max_tokens, max_spans, 2]
+  int64_t max_regions_;
+  // The arrays of LutView, each [max_tokens, max_regions, ...].
+  AlignedBuffer<int8_t> entries_;
+  AlignedBuffer<uint32_t> multipliers_;
+  AlignedBuffer<float> half_unit_;
+  AlignedBuffer<float> chunk_sum_;
+  AlignedBuffer<float> region_sum_;
+  AlignedBuffer<float> token_unit_;  // [max_tokens]
 };
 
 // All tables of x [n_tokens, k], rows `stride` apart, shared out over the team.

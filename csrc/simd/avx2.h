@@ -24,46 +24,123 @@ struct Avx2 {
   static B high(B b) { return low(_mm256_srli_epi16(b, 4)); }
   static B lookup(B t, B index) { return _mm256_shuffle_epi8(t, index); }
 
-  // 8 rows x 4 planes a vector. A lane takes 4 p2 + 8 p3: |.| <= 12 * 127 = 1524 a table, so int16
-  // holds 21 tables; a block has 4.
-  struct Quad {
-    I acc = _mm256_setzero_si256();
-    void add(B b) {
-      acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(_mm256_set1_epi32(0x08040201), b));
-    }
-    I sum(int) const { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
+  static constexpr int kAccumulators = 8;  // of 16 registers
+
+  struct Index {
+    B low, high;
   };
-  // 16 rows x 2 planes a vector: |p0 + 2 p1| <= 381 a table.
-  struct Pair {
-    I acc = _mm256_setzero_si256();
-    void add(B b) {
-      acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(_mm256_set1_epi16(0x0201), b));
+  // What all sets share: a vector of codes belongs to one chunk.
+  struct Planes {
+    static constexpr int kChunks = 1;
+    template <int kTaken>
+    static Index load(const uint8_t* codes, int64_t, int v, int) {
+      B b = Avx2::load(codes + v * kBytes);
+      asm("" : "+x"(b));  // loaded once, for both uses
+      return {Avx2::low(b), Avx2::high(b)};
+    }
+    static B low_sums(const Index& index, const int8_t* entries, int chunk) {
+      return lookup(table(entries + 16 * chunk), index.low);
+    }
+    static B high_sums(const Index& index, const int8_t* entries, int chunk) {
+      return lookup(table(entries + 16 * (4 + chunk)), index.high);
+    }
+    static B weights(const uint32_t* multipliers, int i) {
+      return _mm256_set1_epi32(static_cast<int32_t>(multipliers[i]));
+    }
+  };
+#ifdef __AVXVNNI__
+  static I dot(I acc, B weights, B sums) { return _mm256_dpbusd_avx_epi32(acc, weights, sums); }
+  // 8 rows x 4 planes a vector.
+  struct Quad : Planes {
+    static constexpr int kVectors = 4, kAccumulators = 4;
+    I acc[4] = {zero_i(), zero_i(), zero_i(), zero_i()};
+    template <int kTaken>
+    void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
+      acc[v] = dot(acc[v], weights(multipliers, c), low_sums(index, entries, c));
+      acc[v] = dot(acc[v], weights(multipliers, 4 + c), high_sums(index, entries, c));
+    }
+    I sum(int i) const { return acc[i]; }
+  };
+  // 16 rows x 2 planes a vector: the two tables of a row side by side make a dot product of four.
+  struct Pair : Planes {
+    static constexpr int kVectors = 2, kAccumulators = 4;
+    I acc[4] = {zero_i(), zero_i(), zero_i(), zero_i()};  // rows 0-3 8-11, 4-7 12-15, ...
+    template <int kTaken>
+    void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
+      const B low = low_sums(index, entries, c), high = high_sums(index, entries, c);
+      const B w = weights(multipliers, 8 + c);
+      acc[2 * v] = dot(acc[2 * v], w, _mm256_unpacklo_epi16(low, high));
+      acc[2 * v + 1] = dot(acc[2 * v + 1], w, _mm256_unpackhi_epi16(low, high));
     }
     I sum(int i) const {
-      return _mm256_cvtepi16_epi32(i == 0 ? _mm256_castsi256_si128(acc)
-                                          : _mm256_extracti128_si256(acc, 1));
+      const I a = acc[i & 2], b = acc[i | 1];
+      return i % 2 == 0 ? _mm256_permute2x128_si256(a, b, 0x20)
+                        : _mm256_permute2x128_si256(a, b, 0x31);
     }
   };
-  // 32 rows x 1 plane a vector, both tables of a chunk at once: |.| <= 254 a chunk.
-  using B1 = B;
-  static constexpr int kBytes1 = 32;
-  static B1 load1(const uint8_t* p) { return load(p); }
-  static B1 narrow(B b) { return b; }
-  struct Single {
-    I acc[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};  // rows 0-7 16-23, 8-15 24-31
-    void add(B1 even, B1 odd) {
-      const B ones = _mm256_set1_epi8(1);
-      acc[0] =
-          _mm256_add_epi16(acc[0], _mm256_maddubs_epi16(ones, _mm256_unpacklo_epi8(even, odd)));
-      acc[1] =
-          _mm256_add_epi16(acc[1], _mm256_maddubs_epi16(ones, _mm256_unpackhi_epi8(even, odd)));
+#else
+  // 8 rows x 4 planes a vector, as two pairs: a lane takes m (p0 + 2 p1), which int16 holds for the
+  // tables of a region (layout/lut.h).
+  struct Quad : Planes {
+    static constexpr int kVectors = 4, kAccumulators = 4;
+    I acc[4] = {zero_i(), zero_i(), zero_i(), zero_i()};
+    template <int kTaken>
+    void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
+      acc[v] = add_pairs(acc[v], weights(multipliers, c), low_sums(index, entries, c));
+      acc[v] = add_pairs(acc[v], weights(multipliers, 4 + c), high_sums(index, entries, c));
     }
-    I sum(int i) const {
-      const I a = acc[i & 1];
-      return _mm256_cvtepi16_epi32(i < 2 ? _mm256_castsi256_si128(a)
-                                         : _mm256_extracti128_si256(a, 1));
-    }
+    I sum(int i) const { return _mm256_madd_epi16(acc[i], _mm256_set1_epi32(0x00040001)); }
   };
+  // 16 rows x 2 planes a vector, with the same bound.
+  struct Pair : Planes {
+    static constexpr int kVectors = 2, kAccumulators = 2;
+    I acc[2] = {zero_i(), zero_i()};
+    template <int kTaken>
+    void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
+      acc[v] = add_pairs(acc[v], weights(multipliers, c), low_sums(index, entries, c));
+      acc[v] = add_pairs(acc[v], weights(multipliers, 4 + c), high_sums(index, entries, c));
+    }
+    I sum(int i) const { return widen(acc[i / 2], i % 2); }
+  };
+#endif
+  // 32 rows x 1 plane a vector, both tables of a chunk at once.
+  struct Single : Planes {
+    static constexpr int kVectors = 1, kAccumulators = 2;
+    I acc[2] = {zero_i(), zero_i()};  // rows 0-7 16-23, 8-15 24-31
+    template <int kTaken>
+    void add(int, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
+      const B low = low_sums(index, entries, c), high = high_sums(index, entries, c);
+      const B w = weights(multipliers, 12 + c);
+      acc[0] = add_pairs(acc[0], w, _mm256_unpacklo_epi8(low, high));
+      acc[1] = add_pairs(acc[1], w, _mm256_unpackhi_epi8(low, high));
+    }
+    I sum(int i) const { return widen(acc[i % 2], i / 2); }
+  };
+  static I add_pairs(I acc, B weights, B sums) {
+    return _mm256_add_epi16(acc, _mm256_maddubs_epi16(weights, sums));
+  }
+  static I widen(I a, int half) {
+    return _mm256_cvtepi16_epi32(half == 0 ? _mm256_castsi256_si128(a)
+                                           : _mm256_extracti128_si256(a, 1));
+  }
+  // Words 0-7: the planes of table 0-7; 8-11: two planes of both tables of chunk 0-3; 12-15: one.
+  static void write_multipliers(const int32_t* m, uint32_t* out) {
+#ifdef __AVXVNNI__
+    constexpr int32_t kPlanes = 0x08040201;
+#else
+    constexpr int32_t kPlanes = 0x02010201;
+#endif
+    const I tables = _mm256_loadu_si256(reinterpret_cast<const I*>(m));
+    _mm256_storeu_si256(reinterpret_cast<I*>(out),
+                        _mm256_mullo_epi32(tables, _mm256_set1_epi32(kPlanes)));
+    const __m128i low = _mm256_castsi256_si128(tables), high = _mm256_extracti128_si256(tables, 1);
+    const __m128i both = _mm_or_si128(low, _mm_slli_epi32(high, 16));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8),
+                     _mm_or_si128(both, _mm_slli_epi32(both, 9)));
+    const __m128i bytes = _mm_or_si128(low, _mm_slli_epi32(high, 8));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 12),
+                     _mm_or_si128(bytes, _mm_slli_epi32(bytes, 16)));
+  }
 
   static I zero_i() { return _mm256_setzero_si256(); }
   template <int kShift>
@@ -102,11 +179,19 @@ struct Avx2 {
   }
 
   static void prefetch(const uint8_t* p) {
-    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
   }
 
-  // entries [8 upper entries, 8 tables] -> 8 tables of 16 bytes, `stride` apart.
-  static void write_tables(const int32_t (*entries)[8], int8_t* out, int64_t stride) {
+  static void deal_to_tables(const float* x, float (*lanes)[8]) {
+    const F c0 = load_f(x), c1 = load_f(x + 8), c2 = load_f(x + 16), c3 = load_f(x + 24);
+    const F low01 = _mm256_unpacklo_ps(c0, c1), high01 = _mm256_unpackhi_ps(c0, c1);
+    const F low23 = _mm256_unpacklo_ps(c2, c3), high23 = _mm256_unpackhi_ps(c2, c3);
+    store_f(lanes[0], _mm256_shuffle_ps(low01, low23, 0x44));
+    store_f(lanes[1], _mm256_shuffle_ps(low01, low23, 0xEE));
+    store_f(lanes[2], _mm256_shuffle_ps(high01, high23, 0x44));
+    store_f(lanes[3], _mm256_shuffle_ps(high01, high23, 0xEE));
+  }
+  static void write_tables(const int32_t (*entries)[8], int8_t* out) {
     const auto row = [&](int e) { return load(reinterpret_cast<const uint8_t*>(entries[e])); };
     // Four entries of every table as bytes: lane 0 tables 0-3, lane 1 tables 4-7.
     const auto four = [&](int e) {
@@ -122,17 +207,17 @@ struct Avx2 {
     const auto write_two = [&](B halves, int t) {  // entries 8-15 of tables t, t+1 | t+4, t+5
       const B negated =
           _mm256_sub_epi8(_mm256_setzero_si256(), _mm256_shuffle_epi8(halves, mirror));
-      write(_mm256_unpacklo_epi64(negated, halves), out + t * stride, 4 * stride);
-      write(_mm256_unpackhi_epi64(negated, halves), out + (t + 1) * stride, 4 * stride);
+      write(_mm256_unpacklo_epi64(negated, halves), out + 16 * t);
+      write(_mm256_unpackhi_epi64(negated, halves), out + 16 * (t + 1));
     };
     write_two(_mm256_unpacklo_epi32(lower, upper), 0);
     write_two(_mm256_unpackhi_epi32(lower, upper), 2);
   }
 
  private:
-  static void write(B b, int8_t* out, int64_t distance) {
+  static void write(B b, int8_t* out) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(b));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + distance), _mm256_extracti128_si256(b, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 64), _mm256_extracti128_si256(b, 1));
   }
 };
 

@@ -19,58 +19,228 @@ struct Avx512 {
   static constexpr int kBytes = 64;
   static constexpr int kFloats = 16;
 
+  static constexpr int kAccumulators = 16;  // of 32 registers
+
   static B load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static B table(const int8_t* p) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static B low(B b) { return _mm512_and_si512(b, _mm512_set1_epi8(15)); }
+#ifdef __GFNI__
+  static B high(B b) {  // the bit matrix that shifts a byte right by 4
+    return _mm512_gf2p8affine_epi64_epi8(b, _mm512_set1_epi64(0x1020408000000000), 0);
+  }
+#else
   static B high(B b) { return low(_mm512_srli_epi16(b, 4)); }
+#endif
   static B lookup(B t, B index) { return _mm512_shuffle_epi8(t, index); }
 
-  // 16 rows x 4 planes a vector.
-  struct Quad {
-    I acc = _mm512_setzero_si512();
+  struct Index {
+    B low, high;
+  };
+  // A vector of codes belongs to one chunk.
+  struct Planes {
+    static constexpr int kChunks = 1;
+    template <int kTaken>
+    static Index load(const uint8_t* codes, int64_t, int v, int) {
+      B b = Avx512::load(codes + v * kBytes);
+      asm("" : "+v"(b));  // loaded once, for both uses
+      return {Avx512::low(b), Avx512::high(b)};
+    }
+    static B low_sums(const Index& index, const int8_t* entries, int chunk) {
+      return lookup(table(entries + 16 * chunk), index.low);
+    }
+    static B high_sums(const Index& index, const int8_t* entries, int chunk) {
+      return lookup(table(entries + 16 * (4 + chunk)), index.high);
+    }
+  };
+  static B weights(const uint32_t* multipliers, int i) {
+    return _mm512_set1_epi32(static_cast<int32_t>(multipliers[i]));
+  }
 #ifdef __AVX512VNNI__
-    void add(B b) { acc = _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(0x08040201), b); }
-    I sum(int) const { return acc; }
+  static I dot(I acc, B weights, B sums) { return _mm512_dpbusd_epi32(acc, weights, sums); }
+  // int32 sums of 32 rows. Low and high tables have accumulators of their own: a dot product takes
+  // longer to come out than the next one takes to go in.
+  struct Dots {
+    static constexpr int kAccumulators = 4;
+    I low[2] = {zero_i(), zero_i()}, high[2] = {zero_i(), zero_i()};
+    void add_low(int v, B weights, B sums) { low[v] = dot(low[v], weights, sums); }
+    void add_high(int v, B weights, B sums) { high[v] = dot(high[v], weights, sums); }
+    I rows(int v) const { return _mm512_add_epi32(low[v], high[v]); }
+    // Where vector 0 holds rows 0-3 8-11 16-19 24-27, and vector 1 those between them.
+    I interleaved_rows(int i) const {
+      const I order = i == 0 ? _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11)
+                             : _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+      return _mm512_permutex2var_epi64(rows(0), order, rows(1));
+    }
+  };
+  // 16 rows x 4 planes a vector.
+  struct Quad : Planes, Dots {
+    static constexpr int kVectors = 2;
+    template <int kTaken>
+    void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
+      add_low(v, weights(multipliers, c), low_sums(index, entries, c));
+      add_high(v, weights(multipliers, 4 + c), high_sums(index, entries, c));
+    }
+    I sum(int i) const { return rows(i); }
+  };
 #else
-    // |4 p2 + 8 p3| <= 12 * 127 = 1524 a table: int16 holds 21 tables; a block has 4.
-    void add(B b) {
-      acc = _mm512_add_epi16(acc, _mm512_maddubs_epi16(_mm512_set1_epi32(0x08040201), b));
+  static I add_pairs(I acc, B weights, B sums) {
+    return _mm512_add_epi16(acc, _mm512_maddubs_epi16(weights, sums));
+  }
+  // 16 rows x 4 planes a vector, as two pairs; bounds as for AVX2.
+  struct Quad : Planes {
+    static constexpr int kVectors = 2, kAccumulators = 2;
+    I acc[2] = {zero_i(), zero_i()};
+    template <int kTaken>
+    void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
+      acc[v] = add_pairs(acc[v], weights(multipliers, c), low_sums(index, entries, c));
+      acc[v] = add_pairs(acc[v], weights(multipliers, 4 + c), high_sums(index, entries, c));
     }
-    I sum(int) const { return _mm512_madd_epi16(acc, _mm512_set1_epi16(1)); }
+    I sum(int i) const { return _mm512_madd_epi16(acc[i], _mm512_set1_epi32(0x00040001)); }
+  };
 #endif
+#ifdef __AVX512VBMI__
+  // Two chunks at a time: a dot product takes two planes of both, each from a table of its own.
+  struct Pair : Dots {
+    static constexpr int kChunks = 2, kVectors = 2;
+    template <int kTaken>
+    static Index load(const uint8_t* codes, int64_t stride, int v, int) {
+      const B first = Avx512::load(codes);
+      const B second = kTaken == 2 ? Avx512::load(codes + stride) : first;
+      const B both =
+          v == 0 ? _mm512_unpacklo_epi16(first, second) : _mm512_unpackhi_epi16(first, second);
+      return table_indices(both, _mm512_set1_epi32(0x10100000));
+    }
+    template <int kTaken>
+    void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
+      const int unit = c / 2;
+      const uint32_t taken = kTaken == 2 ? ~0u : c % 2 == 0 ? 0x0000ffffu : 0xffff0000u;
+      add_low(v, masked(multipliers[8 + unit], taken),
+              _mm512_permutexvar_epi8(index.low, two_tables(entries + 32 * unit)));
+      add_high(v, masked(multipliers[10 + unit], taken),
+               _mm512_permutexvar_epi8(index.high, two_tables(entries + 64 + 32 * unit)));
+    }
+    I sum(int i) const { return interleaved_rows(i); }
   };
-  // 32 rows x 2 planes a vector: |p0 + 2 p1| <= 381 a table.
-  struct Pair {
-    I acc = _mm512_setzero_si512();
-    void add(B b) {
-      acc = _mm512_add_epi16(acc, _mm512_maddubs_epi16(_mm512_set1_epi16(0x0201), b));
+  // Four chunks at a time, likewise.
+  struct Single : Dots {
+    static constexpr int kChunks = 4, kVectors = 2;
+    template <int kTaken>
+    static Index load(const uint8_t* codes, int64_t stride, int v, int first) {
+      const auto chunk = [&](int c) {
+        return codes + (c < first || c >= first + kTaken ? 0 : (c - first) * stride);
+      };
+      const B both01 = rows_of_two(chunk(0), chunk(1)), both23 = rows_of_two(chunk(2), chunk(3));
+      const B all =
+          v == 0 ? _mm512_unpacklo_epi16(both01, both23) : _mm512_unpackhi_epi16(both01, both23);
+      return table_indices(all, _mm512_set1_epi32(0x30201000));
+    }
+    template <int kTaken>
+    void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
+      const uint32_t taken = kTaken == 4 ? ~0u : (kTaken == 2 ? 0xffffu : 0xffu) << (8 * c);
+      add_low(v, masked(multipliers[12], taken),
+              _mm512_permutexvar_epi8(index.low, _mm512_loadu_si512(entries)));
+      add_high(v, masked(multipliers[13], taken),
+               _mm512_permutexvar_epi8(index.high, _mm512_loadu_si512(entries + 64)));
+    }
+    I sum(int i) const { return rows(i); }
+
+   private:
+    // The bytes of a row in two chunks side by side, rows in the order that unpacking restores.
+    static B rows_of_two(const uint8_t* first, const uint8_t* second) {
+      const B both = second == first + kTileRows
+                         ? Avx512::load(first)
+                         : _mm512_inserti64x4(_mm512_castsi256_si512(Avx2::load(first)),
+                                              Avx2::load(second), 1);
+      alignas(64) static constexpr uint8_t kOrder[64] = {
+          0,  32, 1,  33, 2,  34, 3,  35, 16, 48, 17, 49, 18, 50, 19, 51, 4,  36, 5,  37, 6,  38,
+          7,  39, 20, 52, 21, 53, 22, 54, 23, 55, 8,  40, 9,  41, 10, 42, 11, 43, 24, 56, 25, 57,
+          26, 58, 27, 59, 12, 44, 13, 45, 14, 46, 15, 47, 28, 60, 29, 61, 30, 62, 31, 63};
+      return _mm512_permutexvar_epi8(_mm512_load_si512(kOrder), both);
+    }
+  };
+  // Which of up to four tables side by side a byte looks up (`tables`), and which entry.
+  static Index table_indices(B b, B tables) {
+    constexpr int kAndOr = 0xEA;  // (a & b) | c
+    const B nibble = _mm512_set1_epi8(15);
+    return {_mm512_ternarylogic_epi32(b, nibble, tables, kAndOr),
+            _mm512_ternarylogic_epi32(_mm512_srli_epi16(b, 4), nibble, tables, kAndOr)};
+  }
+  static B two_tables(const int8_t* p) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static B masked(uint32_t weights, uint32_t taken) {
+    return _mm512_set1_epi32(static_cast<int32_t>(weights & taken));
+  }
+#else
+#ifdef __AVX512VNNI__
+  // 32 rows x 2 planes a vector: the two tables of a row side by side make a dot product of four.
+  struct Pair : Planes, Dots {
+    static constexpr int kVectors = 1;
+    template <int kTaken>
+    void add(int, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
+      const B low_tables = low_sums(index, entries, c), high_tables = high_sums(index, entries, c);
+      const B w = weights(multipliers, 8 + c),
+              first = _mm512_unpacklo_epi16(low_tables, high_tables),
+              second = _mm512_unpackhi_epi16(low_tables, high_tables);
+      if (c % 2 == 0) {
+        add_low(0, w, first);
+        add_low(1, w, second);
+      } else {
+        add_high(0, w, first);
+        add_high(1, w, second);
+      }
+    }
+    I sum(int i) const { return interleaved_rows(i); }
+  };
+#else
+  // 32 rows x 2 planes a vector.
+  struct Pair : Planes {
+    static constexpr int kVectors = 1, kAccumulators = 1;
+    I acc = zero_i();
+    template <int kTaken>
+    void add(int, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
+      acc = add_pairs(acc, weights(multipliers, c), low_sums(index, entries, c));
+      acc = add_pairs(acc, weights(multipliers, 4 + c), high_sums(index, entries, c));
     }
     I sum(int i) const {
       return _mm512_cvtepi16_epi32(i == 0 ? _mm512_castsi512_si256(acc)
                                           : _mm512_extracti64x4_epi64(acc, 1));
     }
   };
-  // A tile's 32 rows x 1 plane are half a vector. |.| <= 254 a chunk.
-  using B1 = __m256i;
-  static constexpr int kBytes1 = 32;
-  static B1 load1(const uint8_t* p) { return Avx2::load(p); }
-  static B1 low(B1 b) { return Avx2::low(b); }
-  static B1 high(B1 b) { return Avx2::high(b); }
-  static B1 lookup(B1 t, B1 index) { return Avx2::lookup(t, index); }
-  static B1 narrow(B b) { return _mm512_castsi512_si256(b); }
-  struct Single {
-    I acc = _mm512_setzero_si512();  // 32 rows, int16
-    void add(B1 even, B1 odd) {
-      acc = _mm512_add_epi16(
-          acc, _mm512_add_epi16(_mm512_cvtepi8_epi16(even), _mm512_cvtepi8_epi16(odd)));
-    }
+#endif
+  // A tile's 32 rows x 1 plane are half a vector.
+  struct Single : Avx2::Single {
     I sum(int i) const {
-      return _mm512_cvtepi16_epi32(i == 0 ? _mm512_castsi512_si256(acc)
-                                          : _mm512_extracti64x4_epi64(acc, 1));
+      const auto rows = [i](__m256i a) {
+        return i == 0 ? _mm256_castsi256_si128(a) : _mm256_extracti128_si256(a, 1);
+      };
+      return _mm512_cvtepi16_epi32(_mm256_set_m128i(rows(acc[1]), rows(acc[0])));
     }
   };
+#endif
+  // Words 0-7: the planes of table 0-7. With VBMI 8-11: two planes of chunks 0 1 | 2 3, low tables,
+  // then high ones; 12, 13: one plane of all chunks. Else as for AVX2.
+  static void write_multipliers(const int32_t* m, uint32_t* out) {
+#ifdef __AVX512VBMI__
+    const __m256i tables = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(m));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm256_mullo_epi32(tables, _mm256_set1_epi32(0x08040201)));
+    // Bytes of the tables: 01 23 45 67, doubled for the second plane.
+    const __m256i two = _mm256_mullo_epi32(tables, _mm256_set1_epi32(0x0201));
+    const __m128i words = _mm256_cvtepi32_epi16(two), bytes = _mm256_cvtepi32_epi8(tables);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8), words);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out + 12), bytes);
+#else
+    Avx2::write_multipliers(m, out);
+#ifdef __AVX512VNNI__
+    const __m256i tables = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(m));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm256_mullo_epi32(tables, _mm256_set1_epi32(0x08040201)));
+#endif
+#endif
+  }
 
   static I zero_i() { return _mm512_setzero_si512(); }
   template <int kShift>
@@ -108,9 +278,6 @@ struct Avx512 {
   }
 
   static void prefetch(const uint8_t* p) { Avx2::prefetch(p); }
-  static void write_tables(const int32_t (*entries)[8], int8_t* out, int64_t stride) {
-    Avx2::write_tables(entries, out, stride);
-  }
 };
 
 }  // namespace

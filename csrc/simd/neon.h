@@ -25,48 +25,103 @@ struct Neon {
   static B high(B b) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(b), 4)); }
   static B lookup(B t, B index) { return vqtbl1q_s8(t, vreinterpretq_u8_s8(index)); }
 
-  // 4 rows x 4 planes a vector.
-  struct Quad {
-#ifdef __ARM_FEATURE_DOTPROD
-    I acc = vdupq_n_s32(0);
-    void add(B b) { acc = vdotq_s32(acc, b, vreinterpretq_s8_u32(vdupq_n_u32(0x08040201))); }
-    I sum(int) const { return acc; }
-#else
-    int16x8_t lo = vdupq_n_s16(0), hi = vdupq_n_s16(0);  // |8 p3| <= 1016 a table, 4 tables a block
-    void add(B b) {
-      const int8x8_t weights = vreinterpret_s8_u32(vdup_n_u32(0x08040201));
-      lo = vmlal_s8(lo, vget_low_s8(b), weights);
-      hi = vmlal_s8(hi, vget_high_s8(b), weights);
+  static constexpr int kAccumulators = 16;  // of 32 registers
+
+  struct Index {
+    B low, high;
+  };
+  struct Planes {
+    static constexpr int kChunks = 1;
+    template <int kTaken>
+    static Index load(const uint8_t* codes, int64_t, int v, int) {
+      const B b = Neon::load(codes + v * kBytes);
+      return {Neon::low(b), Neon::high(b)};
     }
-    I sum(int) const { return vpaddq_s32(vpaddlq_s16(lo), vpaddlq_s16(hi)); }
+    static B low_sums(const Index& index, const int8_t* entries, int chunk) {
+      return lookup(table(entries + 16 * chunk), index.low);
+    }
+    static B high_sums(const Index& index, const int8_t* entries, int chunk) {
+      return lookup(table(entries + 16 * (4 + chunk)), index.high);
+    }
+    // The multipliers of a table for 4, 2 planes and 1.
+    static uint32x4_t four(const uint32_t* multipliers, int i) {
+      return vld1q_dup_u32(multipliers + i);
+    }
+    static B two(const uint32_t* multipliers, int i) {
+      return vreinterpretq_s8_u16(
+          vld1q_dup_u16(reinterpret_cast<const uint16_t*>(multipliers + i)));
+    }
+    static B one(const uint32_t* multipliers, int i) {
+      return vld1q_dup_s8(reinterpret_cast<const int8_t*>(multipliers + i));
+    }
+  };
+  // int16 sums of products, for the two halves of a vector.
+  struct Wide {
+    int16x8_t lo = vdupq_n_s16(0), hi = vdupq_n_s16(0);
+    void add(B b, B weights) {
+      lo = vmlal_s8(lo, vget_low_s8(b), vget_low_s8(weights));
+      hi = vmlal_high_s8(hi, b, weights);
+    }
+  };
+  // 4 rows x 4 planes a vector.
+  struct Quad : Planes {
+#ifdef __ARM_FEATURE_DOTPROD
+    static constexpr int kVectors = 8, kAccumulators = 8;
+    I acc[8] = {zero_i(), zero_i(), zero_i(), zero_i(), zero_i(), zero_i(), zero_i(), zero_i()};
+    template <int kTaken>
+    void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
+      acc[v] = vdotq_s32(acc[v], low_sums(index, entries, c),
+                         vreinterpretq_s8_u32(four(multipliers, c)));
+      acc[v] = vdotq_s32(acc[v], high_sums(index, entries, c),
+                         vreinterpretq_s8_u32(four(multipliers, 4 + c)));
+    }
+    I sum(int i) const { return acc[i]; }
+#else
+    static constexpr int kVectors = 8, kAccumulators = 16;
+    // As two pairs: a lane takes m p0 or 2 m p1, less than int16 holds for a region (layout/lut.h).
+    Wide acc[8] = {};
+    template <int kTaken>
+    void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
+      acc[v].add(low_sums(index, entries, c), two(multipliers, c));
+      acc[v].add(high_sums(index, entries, c), two(multipliers, 4 + c));
+    }
+    I sum(int i) const {
+      const I weights = vreinterpretq_s32_u64(vdupq_n_u64(uint64_t{4} << 32 | 1));
+      return vpaddq_s32(vmulq_s32(vpaddlq_s16(acc[i].lo), weights),
+                        vmulq_s32(vpaddlq_s16(acc[i].hi), weights));
+    }
 #endif
   };
   // 8 rows x 2 planes a vector.
-  struct Pair {
-    int16x8_t lo = vdupq_n_s16(0), hi = vdupq_n_s16(0);
-    void add(B b) {
-      const int8x8_t weights = vreinterpret_s8_u16(vdup_n_u16(0x0201));
-      lo = vmlal_s8(lo, vget_low_s8(b), weights);
-      hi = vmlal_s8(hi, vget_high_s8(b), weights);
+  struct Pair : Planes {
+    static constexpr int kVectors = 4, kAccumulators = 8;
+    Wide acc[4] = {};
+    template <int kTaken>
+    void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
+      acc[v].add(low_sums(index, entries, c), two(multipliers, c));
+      acc[v].add(high_sums(index, entries, c), two(multipliers, 4 + c));
     }
-    I sum(int i) const { return vpaddlq_s16(i == 0 ? lo : hi); }
+    I sum(int i) const { return vpaddlq_s16(i % 2 == 0 ? acc[i / 2].lo : acc[i / 2].hi); }
   };
-  // 16 rows x 1 plane a vector, both tables of a chunk at once.
-  using B1 = B;
-  static constexpr int kBytes1 = 16;
-  static B1 load1(const uint8_t* p) { return load(p); }
-  static B1 narrow(B b) { return b; }
-  struct Single {
-    int16x8_t lo = vdupq_n_s16(0), hi = vdupq_n_s16(0);
-    void add(B1 even, B1 odd) {
-      lo = vaddq_s16(lo, vaddl_s8(vget_low_s8(even), vget_low_s8(odd)));
-      hi = vaddq_s16(hi, vaddl_s8(vget_high_s8(even), vget_high_s8(odd)));
+  // 16 rows x 1 plane a vector.
+  struct Single : Planes {
+    static constexpr int kVectors = 2, kAccumulators = 4;
+    Wide acc[2] = {};
+    template <int kTaken>
+    void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
+      acc[v].add(low_sums(index, entries, c), one(multipliers, c));
+      acc[v].add(high_sums(index, entries, c), one(multipliers, 4 + c));
     }
     I sum(int i) const {
-      const int16x8_t half = i < 2 ? lo : hi;
+      const Wide& w = acc[i / 4];
+      const int16x8_t half = i % 4 < 2 ? w.lo : w.hi;
       return vmovl_s16(i % 2 == 0 ? vget_low_s16(half) : vget_high_s16(half));
     }
   };
+  // The planes of table 0-7, lowest first.
+  static void write_multipliers(const int32_t* m, uint32_t* out) {
+    for (int t = 0; t < kHalfTables; ++t) out[t] = static_cast<uint32_t>(m[t]) * 0x08040201u;
+  }
 
   static I zero_i() { return vdupq_n_s32(0); }
   template <int kShift>
@@ -97,10 +152,17 @@ struct Neon {
     return vget_lane_f32(pairs, 0) + vget_lane_f32(pairs, 1);
   }
 
-  static void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+  static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
-  static void write_tables(const int32_t (*entries)[8], int8_t* out, int64_t stride) {
-    Scalar::write_tables(entries, out, stride);
+  static void deal_to_tables(const float* x, float (*lanes)[kHalfTables]) {
+    const float32x4x4_t first = vld4q_f32(x), second = vld4q_f32(x + 16);
+    for (int i = 0; i < kTableWeights; ++i) {
+      vst1q_f32(lanes[i], vuzp1q_f32(first.val[i], second.val[i]));
+      vst1q_f32(lanes[i] + kHalfChunks, vuzp2q_f32(first.val[i], second.val[i]));
+    }
+  }
+  static void write_tables(const int32_t (*entries)[kHalfTables], int8_t* out) {
+    Scalar::write_tables(entries, out);
   }
 };
 

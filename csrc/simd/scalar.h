@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "core/half.h"
+#include "layout/lut.h"
 
 // Portable stand-in for a 128-bit ISA: the same operations as the other headers of this folder,
 // which are described in simd/README.md, on arrays of 16 bytes.
@@ -45,34 +46,62 @@ struct Scalar {
     return b;
   }
 
-  struct Quad {
-    I rows[1] = {};
-    void add(const B& b) {
+  static constexpr int kAccumulators = 0;  // one token at a time
+
+  struct Index {
+    B low, high;
+  };
+  template <typename Rows>
+  struct Planes {
+    static constexpr int kChunks = 1;
+    template <int kTaken>
+    static Index load(const uint8_t* codes, int64_t, int v, int) {
+      const B b = Scalar::load(codes + v * kBytes);
+      return {Scalar::low(b), Scalar::high(b)};
+    }
+    template <int kTaken>
+    void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers,
+             int chunk) {
+      auto& rows = static_cast<Rows&>(*this);
+      const int high = kHalfTables / 2 + chunk;
+      rows.weigh(v, lookup(table(entries + 16 * chunk), index.low),
+                 static_cast<int32_t>(multipliers[chunk]));
+      rows.weigh(v, lookup(table(entries + 16 * high), index.high),
+                 static_cast<int32_t>(multipliers[high]));
+    }
+  };
+  struct Quad : Planes<Quad> {
+    static constexpr int kVectors = 8, kAccumulators = 8;
+    I rows[8] = {};
+    void weigh(int v, const B& b, int32_t m) {
       for (int r = 0; r < 4; ++r) {
         const int8_t* p = b.v + 4 * r;
-        rows[0].v[r] += p[0] + 2 * p[1] + 4 * p[2] + 8 * p[3];
+        rows[v].v[r] += m * (p[0] + 2 * p[1] + 4 * p[2] + 8 * p[3]);
       }
     }
-    I sum(int) const { return rows[0]; }
+    I sum(int i) const { return rows[i]; }
   };
-  struct Pair {
-    I rows[2] = {};
-    void add(const B& b) {
-      for (int r = 0; r < 8; ++r) rows[r / 4].v[r % 4] += b.v[2 * r] + 2 * b.v[2 * r + 1];
+  struct Pair : Planes<Pair> {
+    static constexpr int kVectors = 4, kAccumulators = 8;
+    I rows[8] = {};
+    void weigh(int v, const B& b, int32_t m) {
+      for (int r = 0; r < 8; ++r) {
+        rows[2 * v + r / 4].v[r % 4] += m * (b.v[2 * r] + 2 * b.v[2 * r + 1]);
+      }
     }
     I sum(int i) const { return rows[i]; }
   };
-  using B1 = B;
-  static constexpr int kBytes1 = 16;
-  static B1 load1(const uint8_t* p) { return load(p); }
-  static B1 narrow(B b) { return b; }
-  struct Single {
-    I rows[4] = {};
-    void add(const B1& even, const B1& odd) {
-      for (int r = 0; r < 16; ++r) rows[r / 4].v[r % 4] += even.v[r] + odd.v[r];
+  struct Single : Planes<Single> {
+    static constexpr int kVectors = 2, kAccumulators = 8;
+    I rows[8] = {};
+    void weigh(int v, const B& b, int32_t m) {
+      for (int r = 0; r < 16; ++r) rows[4 * v + r / 4].v[r % 4] += m * b.v[r];
     }
     I sum(int i) const { return rows[i]; }
   };
+  static void write_multipliers(const int32_t* m, uint32_t* out) {
+    for (int t = 0; t < kHalfTables; ++t) out[t] = static_cast<uint32_t>(m[t]);
+  }
 
   static I zero_i() { return I{}; }
   template <int kShift>
@@ -156,13 +185,19 @@ struct Scalar {
 
   static void prefetch(const uint8_t*) {}
 
-  // entries [8 upper entries, 8 tables] -> out: table t at out + t * stride, its entries 8..15 from
-  // column t and entries 0..7 their mirror images, entry e = -entry (15 - e).
-  static void write_tables(const int32_t (*entries)[8], int8_t* out, int64_t stride) {
-    for (int t = 0; t < 8; ++t) {
+  static void deal_to_tables(const float* x, float (*lanes)[kHalfTables]) {
+    for (int t = 0; t < kHalfTables; ++t) {
+      for (int i = 0; i < kTableWeights; ++i) {
+        lanes[i][t % 2 * kHalfChunks + t / 2] = x[kTableWeights * t + i];
+      }
+    }
+  }
+  // Entry e is -entry (15 - e).
+  static void write_tables(const int32_t (*entries)[kHalfTables], int8_t* out) {
+    for (int t = 0; t < kHalfTables; ++t, out += kTableEntries) {
       for (int e = 0; e < 8; ++e) {
-        out[t * stride + 8 + e] = static_cast<int8_t>(entries[e][t]);
-        out[t * stride + 7 - e] = static_cast<int8_t>(-entries[e][t]);
+        out[8 + e] = static_cast<int8_t>(entries[e][t]);
+        out[7 - e] = static_cast<int8_t>(-entries[e][t]);
       }
     }
   }

@@ -21,7 +21,7 @@ def use_isa(name: str) -> None: ...
 def active_isa() -> str: ...
 
 OffsetKind = Literal["none", "offset", "zero"]
-Tables = Literal["int8", "exact"]
+Tables = Literal["int8", "exact", "exact8"]
 
 def packed_nbytes(
     m: int, k: int, *, bits: int, group_size: int, offset_kind: OffsetKind

@@ -25,7 +25,8 @@ class LutLinear:
         weights: codes, scales and offsets of the matrix.
         threads: 1 to 1024; None takes the performance cores that this process may use (CPU
             affinity and quota included). Matrices with the same number share the threads.
-        tables: ``"int8"`` (fast) or ``"exact"`` (activations rounded to 14 bits, exact sums).
+        tables: ``"int8"`` (fast), ``"exact"`` (activations rounded to 14 bits, exact sums) or
+            ``"exact8"`` (activations rounded to 8 bits per token, exact sums: BitNet's arithmetic).
 
     Attributes:
         spec: shape and encoding.

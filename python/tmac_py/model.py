@@ -41,7 +41,7 @@ class Model:
         path: the .lut file.
         config: sizes and special tokens.
         threads: threads the core computes with.
-        tables: "int8" or "exact".
+        tables: "int8", "exact" or "exact8".
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class Model:
             path: the file.
             threads: 1 to 1024; None takes the performance cores that this process may use (CPU
                 affinity and quota included). Models with the same number share the threads.
-            tables: lookup tables of "int8" (fast) or "exact" (activations rounded to 14 bits, exact
-                sums).
+            tables: lookup tables of "int8" (fast), "exact" (activations rounded to 14 bits, exact
+                sums) or "exact8" (to 8 bits per token: BitNet's arithmetic).
             check: compare all tensors with their checksums first.
 
         Raises:

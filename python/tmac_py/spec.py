@@ -7,8 +7,9 @@ from typing import Literal
 
 OffsetKind = Literal["none", "offset", "zero"]
 
-Tables = Literal["int8", "exact"]
-"""Lookup tables: 8 bits with a scale per 16 weights, or activations of 14 bits and exact sums."""
+Tables = Literal["int8", "exact", "exact8"]
+"""Lookup tables: of 8 bits, with a step per 4 weights; or exact sums of activations rounded to 14
+bits per 64 weights, or (`exact8`, BitNet's arithmetic) to 8 bits per token."""
 
 LAYOUT = "planes421-m32"
 """Name of the only packed layout of this version (docs/lut-format.md)."""

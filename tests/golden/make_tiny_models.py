@@ -38,14 +38,14 @@ N_IDS = 48
 ROUND_OFF = 2.0**-22
 """Relative noise of float32 sums, with something to spare."""
 
-N_TRIALS = 4
+N_TRIALS = 12
 """Draws of the noise."""
 
 SETTLED = 2e-5
 """Positions whose logits such noise moves less than this have no rounding that could go either way,
 neither there nor where they attend to."""
 
-ENOUGH = 40
+ENOUGH = 33
 """Positions out of N_IDS that must be settled; seeds are tried until they are."""
 
 COMMON = {

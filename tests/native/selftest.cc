@@ -101,7 +101,7 @@ struct Matrix {
 // -> y [n, m]
 void run_linear(Reader& in, Writer& out) {
   const Matrix w(in);
-  const Tables tables = in.integer() == 0 ? Tables::kInt8 : Tables::kExact;
+  const auto tables = static_cast<Tables>(in.integer());
   ThreadPool pool(static_cast<int>(in.integer()));
   const int64_t n = in.integer();
   const auto x = in.array<float>(n * w.spec.k);

@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cstdint>
+
+#include "layout/region.h"
+
+namespace tmac {
+
+// A table holds the signed sums of 4 activations: entry e is sum_i (bit i of e ? x : -x)[i].
+constexpr int kTableEntries = 16;
+constexpr int kRegionTables = kRegionWeights / kTableWeights;
+// Half a region: the tables that kernels can look up side by side.
+constexpr int kHalfChunks = 4;
+constexpr int kHalfTables = 2 * kHalfChunks;
+constexpr int kRegionHalves = kRegionChunks / kHalfChunks;
+constexpr int kMultiplierWords = 16;  // that belong to half a region
+
+// A region has one unit; each of its tables has a multiplier, so that its steps of `multiplier`
+// units follow its own largest entry and not the region's.
+enum class Tables : uint8_t {
+  // int8 entries: round(signed sum / step), |entry| <= 127. The largest entries of a region's
+  // tables
+  // add up to at most kLimitSum * 127 units, each half a step more by rounding, so that its sums of
+  // two weighed planes fit int16: 3 * (85 * 127 + 101 / 2) < 32767.
+  kInt8,
+  // Activations rounded to 14 bits (|x| <= 8128 steps), their signed sums kept exactly in two int8
+  // tables, low then high: sum = 255 * high + low. Base 255 makes both symmetric:
+  // |sum| <= 4 * 8128 = 32512 = 255 * 127 + 127. Multipliers 1 to 4: |x| <= 32512 units.
+  kExact,
+  // The same with activations of 8 bits (|x| <= 127 units), one unit for the whole token and no
+  // multipliers: the integer arithmetic that BitNet is trained with.
+  kExact8,
+};
+constexpr int kTableKinds = 3;
+
+constexpr int kInt8Max = 127;
+constexpr int kLimitSum = 85;
+constexpr int kMaxMultiplier = 15;  // times 8, the weight of a plane, it fits int8
+constexpr int kExactMax = 8128;
+constexpr int kExactMultiplier = 4;
+constexpr int kExactBase = 255;
+
+constexpr int table_parts(Tables tables) { return tables == Tables::kInt8 ? 1 : 2; }
+
+// The tables of a region of activations, in the order in which the kernels read them.
+struct LutView {
+  // [halves][parts][nibble][chunk][16]: for each half a region the parts of its tables, of a part
+  // first the tables that the low nibbles of its 4 chunks index, then those of the high nibbles.
+  int8_t* entries;
+  // [halves][kMultiplierWords] the tables' multipliers times the weights of bit planes, arranged as
+  // the active instruction set multiplies with them.
+  uint32_t* multipliers;
+  float* half_unit;   // half the unit of the sums: u = (2^b - 1)/2 + sum 2^(p-1) beta_p
+  float* chunk_sum;   // [chunks] sum of x
+  float* region_sum;  // sum of x
+  float token_unit;   // factor of the product: the activations' unit where they have only one
+
+  LutView from_region(int64_t region, int parts) const {
+    return {entries + region * kRegionTables * parts * kTableEntries,
+            multipliers + region * kRegionHalves * kMultiplierWords,
+            half_unit + region,
+            chunk_sum + region * kRegionChunks,
+            region_sum + region,
+            token_unit};
+  }
+};
+
+}  // namespace tmac
