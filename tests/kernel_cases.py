@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -10,9 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reference import (
+    EXACT_MAX,
+    INT8_MAX,
     MAX_MULTIPLIER,
+    ROWS8,
     STEPS,
     Product,
+    arithmetic,
     chunked,
     largest_multipliers,
     product,
@@ -27,7 +32,7 @@ BITS = range(1, 9)
 # Sizes to combine. The five lists are of coprime lengths: cycling through all of them at once
 # meets every pair of two lists' values within the product of the two lengths.
 KINDS: tuple[OffsetKind, ...] = ("none", "zero", "offset")
-TOKENS = (1, 2, 3, 5, 17)
+TOKENS = (1, 3, 5, 17, 24)
 ROWS = (1, 31, 32, 33, 96, 2, 64)
 COLUMNS = (4, 37, 60, 64, 68, 256, 1, 4096)
 GROUPS = (4, 16, 20, 32, 48, 64, 128, 4096, 8, 12, 24)  # cut to k: the whole row
@@ -46,18 +51,22 @@ class LinearCase:
     exact: bool = False
     """All arithmetic stays within float32's integers: y must be equal, not close."""
 
+    @property
+    def arithmetic(self) -> str:
+        return arithmetic(self.tables, len(self.x))
+
     @cached_property
     def products(self) -> list[Product | None]:
         """One for each token whose activations are finite."""
         finite = [bool(np.isfinite(x).all()) for x in self.x]
         return [
-            product(self.q, x, self.tables) if good else None
+            product(self.q, x, self.arithmetic) if good else None
             for x, good in zip(self.x, finite, strict=True)
         ]
 
     @property
     def stays_exact(self) -> bool:
-        return all(p is None or p.integer_size < 2.0**24 for p in self.products)
+        return all(p is None or p.stays_exact for p in self.products)
 
     def check(self, y: NDArray[np.float32]) -> None:
         assert y.shape == (len(self.x), self.q.m)
@@ -99,13 +108,14 @@ def integer_matrix(
 
 
 def integer_activations(
-    rng: np.random.Generator, q: QuantTensor, tables: str, step: int, quiet: int, silent: int
+    rng: np.random.Generator, q: QuantTensor, kind: str, step: int, quiet: int, silent: int
 ) -> NDArray[np.float32]:
     """x [k] of integers, all multiples of `step`, whose regions have the unit 1, but for `silent`
     of 16, which are zero.
 
     In each region one value has the largest size there is: for int8 tables |x0|+..+|x3| of a table,
-    for exact ones an |x|. The others are at most `quiet`.
+    for other arithmetic an |x|. For ROWS8 another one, not among the same 4, is up to 8128 (the
+    only one if there are no others). The others are at most `quiet`.
     """
     x = np.append(rng.integers(-quiet // step, quiet // step, q.k, endpoint=True) * step, 0.0)
     for region in chunked(q)[0]:
@@ -116,14 +126,17 @@ def integer_activations(
             x[real] = 0
             continue
         at = rng.choice(real)
-        if tables == "int8":
+        if kind == "int8":
             table = next(t for t in region.reshape(-1, 4) if at in t)
             sign = rng.choice([-1, 1])
             while not set_loudest(x, region.reshape(-1, 4), table, at, sign):
                 x[region] //= 2  # with these around it no multiplier fits its table
         else:
-            most = 4 if tables == "exact" else 1
-            x[at] = STEPS[tables] * most * rng.choice([-1, 1])
+            x[at] = STEPS[kind] * (4 if kind == "exact" else 1) * rng.choice([-1, 1])
+        if kind == ROWS8:
+            others = real[real // 4 != at // 4]
+            loud = max(INT8_MAX, 64 * quiet) if len(others) else EXACT_MAX
+            x[rng.choice(others) if len(others) else at] = loud * rng.choice([-1, 1])
     return x[:-1].astype(np.float32)
 
 
@@ -146,15 +159,16 @@ def integer_case(
     rng: np.random.Generator, q: QuantTensor, tables: str, n: int, name: str
 ) -> LinearCase:
     """The loudest activations, and the finest, with which all sums stay exact."""
-    loudest = {"int8": 100, "exact": 32512, "exact8": 127}[tables]
-    steps = (1, 8, 256) if tables == "exact" else (1,)  # 32512 = 127 * 256
+    kind = arithmetic(tables, n)
+    loudest = {"int8": 100, "exact": 32512}.get(kind, 127)
+    steps = (1, 8, 256) if kind == "exact" else (1,)  # 32512 = 127 * 256
     some_steps = steps if q.k <= 256 else steps[-1:]
     for step, silent in ((step, silent) for step in some_steps for silent in (0, 8, 14)):
         quiet = loudest
         while quiet >= step:
-            x = [integer_activations(rng, q, tables, step, quiet, silent) for _ in range(n)]
+            x = [integer_activations(rng, q, kind, step, quiet, silent) for _ in range(n)]
             case = LinearCase(name, q, np.stack(x), tables, exact=True)
-            if replace(case, x=case.x[:1]).stays_exact and case.stays_exact:
+            if product(q, x[0], kind).stays_exact and case.stays_exact:
                 return case
             quiet //= 4
     raise AssertionError(f"{name}: no activations keep the sums exact")
@@ -203,8 +217,9 @@ def float_cases(tables: str, bits: int) -> list[LinearCase]:
         ):
             w = rng.standard_t(4, (m, k)).astype(np.float32) * np.float32(0.05)
             q = quantize_rtn(w, bits=bits, group_size=group_size, asym=asym)
-            x = random_activations(rng, kind, 3, k)
-            cases.append(LinearCase(f"{kind} m={m} k={k} asym={asym}", q, x, tables))
+            for n in (3, 18):
+                x = random_activations(rng, kind, n, k)
+                cases.append(LinearCase(f"{kind} m={m} k={k} asym={asym} n={n}", q, x, tables))
     return cases
 
 
@@ -228,40 +243,51 @@ def extreme_activations(k: int, largest: int) -> NDArray[np.float32]:
 def extreme_cases(tables: str, bits: int) -> list[LinearCase]:
     """Accumulators at their bounds, zeros, NaN and infinity."""
     cases = []
-    for kind in KINDS:
+    for kind, times in itertools.product(KINDS, (1, 3)):
         for k, group_size in ((4096, 4096), (4096, 128), (4096, 16), (60, 20)):
             rng = np.random.default_rng(0)
             q = integer_matrix(rng, 33, k, bits, group_size, kind)
             q = replace(q, codes=extreme_codes(bits, k))
             # 635: all tables of a region alike have multipliers of 5.
-            x = extreme_activations(k, {"int8": 635, "exact": 32512, "exact8": 127}[tables])
-            name = f"extreme {kind} k={k} group_size={group_size}"
-            cases.append(LinearCase(name, q, x, tables, exact=True))
+            loudest = {"int8": 635, "exact": 32512}.get(arithmetic(tables, 8 * times), 127)
+            x = extreme_activations(k, loudest)
+            name = f"extreme {kind} k={k} group_size={group_size} times={times}"
+            cases.append(LinearCase(name, q, np.tile(x, (times, 1)), tables, exact=True))
             assert cases[-1].stays_exact, name
     q = integer_matrix(np.random.default_rng(1), 33, 4096, bits, 64, "zero")
-    cases.append(LinearCase("zeros", q, np.zeros((2, 4096), np.float32), tables, exact=True))
+    for n in (2, 18):
+        cases.append(LinearCase("zeros", q, np.zeros((n, 4096), np.float32), tables, exact=True))
     return [*cases, *non_finite_cases(tables, bits)]
 
 
 def non_finite_cases(tables: str, bits: int) -> Iterator[LinearCase]:
     """NaN and infinities in some tokens: these tokens are NaN, their neighbours as ever."""
-    for k, group_size in ((4096, 64), (37, 20)):
+    for k, group_size, n in ((4096, 64, 7), (37, 20, 7), (4096, 64, 19), (37, 20, 19)):
         rng = np.random.default_rng(bits)
         q = integer_matrix(rng, 33, k, bits, group_size, "offset")
-        good = integer_case(rng, q, tables, 7, f"NaN and infinity k={k}")
+        good = integer_case(rng, q, tables, n, f"NaN and infinity k={k} n={n}")
         x = good.x.copy()
         for token, value, at in ((1, np.nan, 0), (3, np.inf, k // 2), (5, -np.inf, k - 1)):
             x[token, at] = value
         yield replace(good, x=x)
 
 
-def invariance_case(tables: str, bits: int) -> LinearCase:
+def invariance_cases(tables: str, bits: int) -> list[LinearCase]:
     """Ordinary floats in enough tiles and tokens to be dealt out to threads in many ways."""
     rng = np.random.default_rng(bits)
     q = quantize_rtn(
         rng.normal(size=(300, 296)).astype(np.float32), bits=bits, group_size=48, asym=True
     )
-    return LinearCase("invariance", q, random_activations(rng, "gaussian", 37, 296), tables)
+    x = random_activations(rng, "gaussian", 37, 296)
+    return [LinearCase(f"invariance n={n}", q, x[:n], tables) for n in (13, 37)]
+
+
+def pieces(case: LinearCase) -> list[LinearCase]:
+    """The tokens of a case in smaller products whose definition is the same: together they must
+    give the same bits. Token by token, but for int8 activations that are multiplied otherwise."""
+    n = len(case.x)
+    ends = range(1, n) if case.arithmetic == case.tables else [17]
+    return [replace(case, x=x) for x in np.split(case.x, ends)]
 
 
 def all_cases(tables: str, bits: int) -> list[LinearCase]:

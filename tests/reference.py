@@ -16,7 +16,7 @@ CHUNKS, TABLES = REGION // 8, REGION // 4
 """Chunks of 8 weights and tables of 4 in a region."""
 
 INT8_MAX = 127
-"""The largest entry of an int8 table, and the largest activation of `exact8`."""
+"""The largest entry of an int8 table, and the largest activation of 8 bits."""
 
 EXACT_MAX = 8128
 """`exact` rounds the activations of a table to at most this many steps."""
@@ -31,7 +31,14 @@ MAX_MULTIPLIER = 15
 EXACT_MULTIPLIER = 4
 """A step of an `exact` table has at most so many units."""
 
-STEPS = {"int8": INT8_MAX, "exact": EXACT_MAX, "exact8": INT8_MAX}
+TABLE_TOKENS = 16
+"""The most tokens that are multiplied by table lookup."""
+
+ROWS8 = "rows8"
+"""The arithmetic of `int8` for more tokens: activations rounded to 8 bits per region, but the 4
+with the largest among them to 14 bits: next to it the others would lose most of theirs."""
+
+STEPS = {"int8": INT8_MAX, ROWS8: INT8_MAX, "exact": EXACT_MAX, "exact8": INT8_MAX}
 """How many steps the largest value of a table has at most."""
 
 U = 2.0**-24
@@ -50,6 +57,11 @@ SIGNS = np.array([[1 if e >> i & 1 else -1 for i in range(4)] for e in range(16)
 """Entry e of a table is the sum of +x[i] where bit i of e is set and -x[i] elsewhere."""
 
 
+def arithmetic(tables: str, n_tokens: int) -> str:
+    """The arithmetic of the named tables in a product of that many tokens, a key of STEPS."""
+    return ROWS8 if tables == "int8" and n_tokens > TABLE_TOKENS else tables
+
+
 @dataclass(frozen=True)
 class Product:
     """y [m] = dequantised matrix times x, and what its float32 evaluation may differ by."""
@@ -65,6 +77,11 @@ class Product:
     Infinite for other x."""
     roundings: int
     """Roundings, at most, that one term goes through on its way into y."""
+
+    @property
+    def stays_exact(self) -> bool:
+        """All partial sums are integers that float32 holds."""
+        return self.integer_size < 2.0**24
 
     @property
     def tolerance(self) -> NDArray[np.float64]:
@@ -94,20 +111,20 @@ def chunked(q: QuantTensor) -> tuple[NDArray[np.int64], list[int]]:
     return np.array(chunks).reshape(-1, CHUNKS, 8), first_of_group
 
 
-def table_limits(x: NDArray[np.float32], tables: str) -> NDArray[np.float32]:
+def table_limits(x: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
     """What sets the step of each table of x [..., 4], in float32 like the core: its largest entry,
     or for exact tables its largest |x|."""
     size = np.abs(x)
-    if tables != "int8":
+    if kind != "int8":
         return np.asarray(size.max(-1))
     return np.asarray(size[..., 0] + size[..., 1] + size[..., 2] + size[..., 3])
 
 
-def largest_multipliers(limits: NDArray[np.float32], tables: str) -> NDArray[np.float32]:
+def largest_multipliers(limits: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
     """Units in the largest step of each region, from the limits [n_regions, TABLES] of its tables.
     Float32 decides, in the core's operations: which side of a bound a region falls on matters."""
-    if tables != "int8":
-        most = 1 if tables == "exact8" else EXACT_MULTIPLIER
+    if kind != "int8":
+        most = EXACT_MULTIPLIER if kind == "exact" else 1
         return np.full(len(limits), most, np.float32)
     halves = limits.reshape(-1, 2, TABLES // 4, 2).swapaxes(2, 3)  # low nibbles' tables come first
     sums = np.cumsum(halves.reshape(-1, TABLES), axis=1, dtype=np.float32)[:, -1]
@@ -121,8 +138,8 @@ def multipliers(limits: NDArray[np.float32], most: NDArray[np.float32]) -> NDArr
     return np.clip(np.rint(wanted + np.float32(0.5)), 1, most[:, None]).astype(np.float64)
 
 
-def product(q: QuantTensor, x: NDArray[np.float32], tables: str) -> Product:
-    """Dequantised q [m, k] times x [k], with the arithmetic of the named tables.
+def product(q: QuantTensor, x: NDArray[np.float32], kind: str) -> Product:
+    """Dequantised q [m, k] times x [k], with arithmetic of that kind (a key of STEPS).
 
     What the core does in float32 is done in float64 here. docs/kernels.md describes the algorithm.
     """
@@ -132,25 +149,28 @@ def product(q: QuantTensor, x: NDArray[np.float32], tables: str) -> Product:
     given = np.append(x, np.float32(0))[positions].reshape(n_regions, TABLES, 4)
     half = (2**q.bits - 1) / 2
 
-    of_tables = table_limits(given, tables)
+    of_tables = table_limits(given, kind)
     limits = of_tables.max(1).astype(np.float64)
-    if tables == "exact8":
+    if kind == "exact8":
         limits[:] = limits.max()
+    elif kind == ROWS8:
+        second = np.sort(of_tables, axis=1)[:, -2].astype(np.float64)
+        limits = np.maximum(second, limits * INT8_MAX / EXACT_MAX)
     # Where the inverse of the unit would overflow, x counts as zero.
     scratch = of_tables.copy()
     scratch[limits < 2.0**-140] = 1
-    largest = STEPS[tables] * largest_multipliers(scratch, tables).astype(np.float64)
+    largest = STEPS[kind] * largest_multipliers(scratch, kind).astype(np.float64)
     vanishing = limits < largest * 2.0**-120
     given[vanishing] = 0
     limits[vanishing] = of_tables[vanishing] = 1
     values = given.astype(np.float64)
     units = limits / largest
     steps = units[:, None] * np.ones(TABLES)  # [n_regions, TABLES]
-    if tables != "exact8":
-        steps *= multipliers(of_tables, largest_multipliers(of_tables, tables))
+    if kind in ("int8", "exact"):
+        steps *= multipliers(of_tables, largest_multipliers(of_tables, kind))
 
     # For each row, region and table: sum of (code - half) * x; and of x for the rest of the code.
-    if tables == "int8":
+    if kind == "int8":
         entries = values @ SIGNS.T / steps[..., None]  # [n_regions, TABLES, 16]
         close = np.abs(entries - np.floor(entries) - 0.5) < ENTRY_ERROR
         sums = look_up(np.rint(entries), codes, q.bits) * steps
@@ -158,7 +178,7 @@ def product(q: QuantTensor, x: NDArray[np.float32], tables: str) -> Product:
         x_slack = np.zeros((n_regions, TABLES))
     else:
         rounded = values / steps[..., None]
-        error = STEPS[tables] * ACTIVATION_ERROR
+        error = np.abs(rounded).max() * ACTIVATION_ERROR
         near = np.abs(rounded - np.floor(rounded) - 0.5) < error
         values = np.rint(rounded) * steps[..., None]
         sums = ((codes - half) * values).sum(3)
@@ -225,6 +245,6 @@ def smallest_unit(
     return unit
 
 
-def multiply(q: QuantTensor, x: NDArray[np.float32], tables: str) -> NDArray[np.float64]:
+def multiply(q: QuantTensor, x: NDArray[np.float32], kind: str) -> NDArray[np.float64]:
     """y [m] of `product`."""
-    return product(q, x, tables).y
+    return product(q, x, kind).y

@@ -195,7 +195,7 @@ def test_ctrl_c_stops_and_still_reports(run, lut, monkeypatch, as_json):
 
 
 def test_ctrl_c_in_the_prompt_says_how_far_it_came(run, tmp_path, monkeypatch):
-    lut = tiny_model.write_tiny_model(tmp_path / "long.lut", max_position_embeddings=400)
+    lut = tiny_model.write_tiny_model(tmp_path / "long.lut", max_position_embeddings=1600)
     forward, calls = Model.forward, [0]
 
     def interrupted(self, *args):
@@ -205,9 +205,9 @@ def test_ctrl_c_in_the_prompt_says_how_far_it_came(run, tmp_path, monkeypatch):
         return forward(self, *args)
 
     monkeypatch.setattr(Model, "forward", interrupted)
-    status, out, err = run(lut, "-p", "x " * 100, "--raw")
+    status, out, err = run(lut, "-p", "x " * 400, "--raw")
     assert (status, out.strip()) == (130, "")
-    assert re.match(r"prefill 128 of \d+ tokens, .* · decode 0 tokens · interrupted$", err.strip())
+    assert re.match(r"prefill 512 of \d+ tokens, .* · decode 0 tokens · interrupted$", err.strip())
 
 
 @pytest.mark.parametrize(

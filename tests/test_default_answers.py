@@ -182,12 +182,12 @@ def test_thread_count_does_not_change_a_bit(
         np.testing.assert_array_equal(other.logits(ids), int8_model.logits(ids))
 
 
-def test_prefill_equals_single_steps(int8_model: Model) -> None:
+def test_prefill_equals_single_steps(exact_model: Model) -> None:
     ids = np.array(LLAMA_CPP["smollm2-p2-chat"]["prompt_ids"], np.int32)
-    together = int8_model.logits(ids)
-    cache = int8_model.new_cache(len(ids))
+    together = exact_model.logits(ids)
+    cache = exact_model.new_cache(len(ids))
     for i, one in enumerate(ids):
-        np.testing.assert_array_equal(int8_model.forward([one], cache), together[i])
+        np.testing.assert_array_equal(exact_model.forward([one], cache), together[i])
 
 
 def test_one_model_serves_two_threads(int8_model: Model) -> None:

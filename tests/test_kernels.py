@@ -18,7 +18,8 @@ from kernel_cases import (
     float_cases,
     integer_cases,
     integer_matrix,
-    invariance_case,
+    invariance_cases,
+    pieces,
 )
 from tmac_py import _core
 from tmac_py.quant import QuantTensor
@@ -77,27 +78,26 @@ class TestProduct:
     def test_threads_and_tokens_change_no_bit(
         self, tables: str, bits: int, pool: _core.ThreadPool
     ) -> None:
-        case = invariance_case(tables, bits)
-        y = run(case, pool)
-        case.check(y)
-        for threads in (1, 3, 5):
-            assert run(case, _core.ThreadPool(threads)).tobytes() == y.tobytes()
-        for token in range(len(case.x)):
-            alone = run(replace(case, x=case.x[token : token + 1]), pool)
-            assert alone.tobytes() == y[token].tobytes()
+        for case in invariance_cases(tables, bits):
+            y = run(case, pool)
+            case.check(y)
+            for threads in (1, 3, 5):
+                assert run(case, _core.ThreadPool(threads)).tobytes() == y.tobytes()
+            apart = [run(piece, pool) for piece in pieces(case)]
+            assert np.concatenate(apart).tobytes() == y.tobytes()
 
 
 @pytest.mark.parametrize("tables", TABLES)
 @pytest.mark.parametrize("bits", BITS)
 def test_isas_agree_to_the_bit(tables: str, bits: int, pool: _core.ThreadPool) -> None:
-    case = invariance_case(tables, bits)
     before = _core.active_isa()
-    results = set()
-    for isa in ISAS:
-        _core.use_isa(isa)
-        results.add(run(case, pool).tobytes())
+    for case in invariance_cases(tables, bits):
+        results = set()
+        for isa in ISAS:
+            _core.use_isa(isa)
+            results.add(run(case, pool).tobytes())
+        assert len(results) == 1
     _core.use_isa(before)
-    assert len(results) == 1
 
 
 @pytest.mark.parametrize("tables", TABLES)
@@ -106,6 +106,11 @@ def test_sums_beyond_float32_are_not_finite(isa: str, tables: str, pool: _core.T
     q = replace(q, codes=np.full((1, 64), 3, np.uint8))
     case = LinearCase("overflow", q, np.full((1, 64), 3e38, np.float32), tables)
     assert not np.isfinite(run(case, pool)).any(), isa
+
+
+@pytest.mark.usefixtures("isa")
+def test_multiply_peak_is_plausible(pool: _core.ThreadPool) -> None:
+    assert 1e7 < _core.multiply_peak(pool) < 1e15
 
 
 @pytest.mark.parametrize("kind", ["none", "zero", "offset"])

@@ -33,4 +33,7 @@ PYBIND11_MODULE(_core, module) {
       },
       py::arg("nbytes"), py::arg("pool"), py::call_guard<py::gil_scoped_release>(),
       "GB/s that the pool reads from a buffer of nbytes: the best of several passes.");
+  module.def("multiply_peak", &tmac::multiply_peak, py::arg("pool"),
+             py::call_guard<py::gil_scoped_release>(),
+             "Multiply-adds of int8 per second that the pool reaches from registers.");
 }

@@ -15,7 +15,9 @@ namespace {
 
 struct CpuId {
   uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
-  explicit CpuId(uint32_t leaf) { __get_cpuid_count(leaf, 0, &eax, &ebx, &ecx, &edx); }
+  explicit CpuId(uint32_t leaf, uint32_t subleaf = 0) {
+    __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx);
+  }
 };
 
 // XCR0: which register states the operating system saves. Needs OSXSAVE.
@@ -33,6 +35,7 @@ bool has(const std::string& feature) {
   if (feature == "fma") return ymm && bit(basic.ecx, 12);
   if (feature == "f16c") return ymm && bit(basic.ecx, 29);
   if (feature == "avx2") return ymm && bit(basic.ecx, 28) && bit(extended.ebx, 5);
+  if (feature == "avxvnni") return ymm && extended.eax >= 1 && bit(CpuId(7, 1).eax, 4);
   if (feature == "avx512f") return zmm && bit(extended.ebx, 16);
   if (feature == "avx512dq") return zmm && bit(extended.ebx, 17);
   if (feature == "avx512bw") return zmm && bit(extended.ebx, 30);

@@ -76,18 +76,11 @@ inline void write_half_exact(const HalfRegion& half, int8_t* out) {
   N::write_tables(high, out + kHalfTables * kTableEntries);
 }
 
-// The smallest multipliers of at most `most` with which no table's limit is more steps than that of
-// the table with the region's largest, `limit` (a whole quotient may be rounded up).
 template <typename N>
 inline void choose_multipliers(const HalfRegion& half, float limit, int most, float to_units,
                                TableRow& multiplier, TableRow& inverse_step) {
-  using F = typename N::F;
-  const float largest = static_cast<float>(most);
-  const F to_multiples = N::set(largest / limit);
   for (int t = 0; t < kHalfTables; t += N::kFloats) {
-    const F wanted = N::mul(N::load_f(half.limit + t), to_multiples);
-    const F rounded = N::to_float(N::round_to_int(N::add(wanted, N::set(0.5f))));
-    const F chosen = N::min(N::max(rounded, N::set(1)), N::set(largest));
+    const auto chosen = multipliers_of<N>(N::load_f(half.limit + t), limit, most);
     N::store_f(multiplier + t, chosen);
     N::store_f(inverse_step + t, N::div(N::set(to_units), chosen));
   }
@@ -111,19 +104,6 @@ inline void sum_tables(const HalfRegion& half, TableRow& sums) {
     for (int i = 1; i < kTableWeights; ++i) sum = N::add(sum, N::load_f(half.lanes[i] + t));
     N::store_f(sums + t, sum);
   }
-}
-
-// The units of one region, or of a token.
-struct Scale {
-  float unit;      // NaN if an activation is not finite
-  float to_units;  // 0 if there is nothing to round
-};
-
-inline Scale choose_scale(float limit, float poison, int units) {
-  const float range = static_cast<float>(units);
-  if (!(poison == 0 && limit <= __FLT_MAX__)) return {__builtin_nanf(""), 0};
-  if (!(limit >= range * 0x1p-120f)) return {0, 0};  // the inverse would overflow: counts as zero
-  return {limit / range, range / limit};
 }
 
 // The largest multiplier M with which the largest entries add up to at most kLimitSum * 127 units:
@@ -160,7 +140,7 @@ void build_region(const float* x, Tables tables, float to_token_units, const Lut
                                               : 1;
   Scale scale = choose_scale(limit, poison, most * (exact ? kExactMax : kInt8Max));
   if (tables == Tables::kExact8) {
-    scale = {poison == 0 ? 1.0f : __builtin_nanf(""), poison == 0 ? to_token_units : 0};
+    scale = choose_token_scale(poison, to_token_units);
   }
   lut.half_unit[0] = 0.5f * scale.unit;
 

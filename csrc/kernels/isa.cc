@@ -15,9 +15,16 @@
 namespace tmac {
 namespace {
 
+// Each builds on those before it.
+// clang-format off
+#include "kernels/scale.inl"
 #include "kernels/build_lut.inl"
 #include "kernels/multiply_tile.inl"
+#include "kernels/quantize_rows.inl"
+#include "kernels/unpack_tile.inl"
+#include "kernels/multiply_rows.inl"
 #include "kernels/vector_ops.inl"
+// clang-format on
 
 using Isa = TMAC_ISA_TYPE;
 
@@ -31,6 +38,11 @@ using Isa = TMAC_ISA_TYPE;
    multiply_tile<Isa, 4, parts>, multiply_tile<Isa, 5, parts>, multiply_tile<Isa, 6, parts>, \
    multiply_tile<Isa, 7, parts>, multiply_tile<Isa, 8, parts>}
 
+#define TMAC_ROWS(parts)                                                                     \
+  {multiply_rows<Isa, 1, parts>, multiply_rows<Isa, 2, parts>, multiply_rows<Isa, 3, parts>, \
+   multiply_rows<Isa, 4, parts>, multiply_rows<Isa, 5, parts>, multiply_rows<Isa, 6, parts>, \
+   multiply_rows<Isa, 7, parts>, multiply_rows<Isa, 8, parts>}
+
 }  // namespace
 
 extern const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME);
@@ -38,6 +50,9 @@ const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME) = {
     TMAC_STRING(TMAC_ISA_NAME),
     build_region<Isa>,
     {TMAC_TILES(1), TMAC_TILES(2)},
+    quantize_row<Isa>,
+    {TMAC_ROWS(1), TMAC_ROWS(2)},
+    multiply_peak<Isa>,
     rms_norm<Isa>,
     silu_multiply<Isa>,
     add<Isa>,

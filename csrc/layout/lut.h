@@ -15,6 +15,9 @@ constexpr int kHalfTables = 2 * kHalfChunks;
 constexpr int kRegionHalves = kRegionChunks / kHalfChunks;
 constexpr int kMultiplierWords = 16;  // that belong to half a region
 
+// What activations are rounded to. Products of many tokens do without tables (layout/rows.h): there
+// kInt8 means integers of 8 bits, and the other two the same integers as here.
+//
 // A region has one unit; each of its tables has a multiplier, so that its steps of `multiplier`
 // units follow its own largest entry and not the region's.
 enum class Tables : uint8_t {
@@ -41,6 +44,7 @@ constexpr int kExactMultiplier = 4;
 constexpr int kExactBase = 255;
 
 constexpr int table_parts(Tables tables) { return tables == Tables::kInt8 ? 1 : 2; }
+constexpr int row_parts(Tables tables) { return tables == Tables::kExact ? 2 : 1; }
 
 // The tables of a region of activations, in the order in which the kernels read them.
 struct LutView {

@@ -25,8 +25,8 @@ struct Activations {
         normed(threads * weights.embed_tokens.spec.k),
         rotated(threads * config.head_dim),
         scores(threads * n_ctx),
-        luts(config.tables, max_regions, tokens),
-        down_luts(config.tables, max_regions, tokens) {}
+        inputs(config.tables, max_regions, tokens, threads),
+        down_inputs(config.tables, max_regions, tokens, threads) {}
 
   int64_t tokens, threads, n_ctx;
   AlignedBuffer<float> x;               // [tokens, hidden] the residual stream
@@ -39,8 +39,8 @@ struct Activations {
   AlignedBuffer<float> normed;          // [threads, hidden]
   AlignedBuffer<float> rotated;         // [threads, head_dim]
   AlignedBuffer<float> scores;          // [threads, n_ctx]
-  Luts luts;
-  Luts down_luts;  // built tile by tile while gate and up still read `luts`
+  Inputs inputs;
+  Inputs down_inputs;  // built tile by tile while gate and up still read `inputs`
 };
 
 }  // namespace tmac

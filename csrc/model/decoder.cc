@@ -89,60 +89,66 @@ struct Decoder::Pass {
   void layer(size_t i) {
     const LayerWeights& w = weights.layers[i];
     const LayerPlans& plans = model.plans_[i];
-    norm_into_tables(w.input_norm, plans.qkv, 0, n);
+    norm_into_inputs(w.input_norm, plans.qkv, 0, n);
     multiply(plans.qkv, {{w.q, a.q.data()}, {w.k, a.k.data()}, {w.v, a.v.data()}}, n);
     store_keys_and_values(static_cast<int64_t>(i));
     attend(static_cast<int64_t>(i), plans.o);
-    multiply_add(w.o, a.luts, plans.o);
-    norm_into_tables(w.post_attention_norm, plans.gate_up, 0, n);
+    multiply_add(w.o, a.inputs, plans.o);
+    norm_into_inputs(w.post_attention_norm, plans.gate_up, 0, n);
     feed_forward(w, plans);
-    multiply_add(w.down, a.down_luts, plans.down);
+    multiply_add(w.down, a.down_inputs, plans.down);
   }
 
   // Logits of the tokens from `first` on: [n - first, vocab].
   void head(int64_t first, float* logits) {
-    norm_into_tables(weights.final_norm, model.head_plan_, first, n);
+    norm_into_inputs(weights.final_norm, model.head_plan_, first, n);
     multiply(model.head_plan_, {{weights.lm_head, logits}}, n - first);
   }
 
  private:
-  // The tables of norm(x) for tokens [first, last), as tokens 0.. of a.luts. For one token the
-  // threads share the regions, and each computes the norm for itself.
-  void norm_into_tables(const float* weight, const LutPlan& plan, int64_t first, int64_t last) {
-    const int64_t parts = last - first == 1 ? team.threads() : 1;
+  // norm(x) of the tokens [first, last) as tokens 0.. of a.inputs. For one token the threads share
+  // the regions, and each computes the norm for itself.
+  void norm_into_inputs(const float* weight, const InputPlan& plan, int64_t first, int64_t last) {
+    const int64_t tokens = last - first;
+    const int64_t parts = tokens == 1 ? team.threads() : 1;
     float* normed = a.normed.data() + team.thread() * hidden;
-    team.parallel_for((last - first) * parts, [&](int64_t begin, int64_t end) {
+    team.parallel_for(tokens * parts, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t t = i / parts, part = i % parts;
         isa.rms_norm(a.x.data() + (first + t) * hidden, weight, hidden, config.rms_norm_eps,
                      normed);
-        a.luts.build(plan, t, plan.n_regions() * part / parts,
-                     plan.n_regions() * (part + 1) / parts, normed);
+        a.inputs.build(plan, tokens, t, plan.n_regions() * part / parts,
+                       plan.n_regions() * (part + 1) / parts, normed);
       }
     });
   }
 
   // All products of one input, their tiles dealt out together.
-  void multiply(const LutPlan& plan, std::initializer_list<Product> products, int64_t tokens) {
-    int64_t tiles = 0;
-    for (const Product& p : products) tiles += p.w.spec.n_tiles();
-    team.parallel_for(tiles, [&](int64_t begin, int64_t end) {
+  void multiply(const InputPlan& plan, std::initializer_list<Product> products, int64_t tokens) {
+    const int64_t at_once = tiles_at_once(tokens);
+    const auto pieces_of = [&](const Product& p) { return ceil_div(p.w.spec.n_tiles(), at_once); };
+    int64_t pieces = 0;
+    for (const Product& p : products) pieces += pieces_of(p);
+    team.parallel_for(pieces, [&](int64_t begin, int64_t end) {
       size_t reader = 0;
-      int64_t before = 0;  // tiles of earlier products
+      int64_t before = 0;  // pieces of earlier products
       for (const Product& p : products) {
-        const int64_t here = p.w.spec.n_tiles();
-        multiply_tiles(p.w, a.luts, plan.first_region(reader++), tokens,
-                       std::clamp<int64_t>(begin - before, 0, here),
-                       std::clamp<int64_t>(end - before, 0, here), p.y, p.w.spec.m);
+        const int64_t here = pieces_of(p);
+        const auto tile = [&](int64_t piece) {
+          return std::min(std::clamp<int64_t>(piece - before, 0, here) * at_once,
+                          p.w.spec.n_tiles());
+        };
+        multiply_tiles(team, p.w, a.inputs, plan.first_region(reader++), tokens, tile(begin),
+                       tile(end), p.y, p.w.spec.m);
         before += here;
       }
     });
   }
 
   // x += w . input
-  void multiply_add(const Linear& w, Luts& luts, const LutPlan& plan) {
-    team.parallel_for(w.spec.n_tiles(), [&](int64_t begin, int64_t end) {
-      multiply_tiles(w, luts, plan.first_region(0), n, begin, end, a.delta.data(), hidden);
+  void multiply_add(const Linear& w, Inputs& inputs, const InputPlan& plan) {
+    for_tiles(team, w.spec.n_tiles(), tiles_at_once(n), [&](int64_t begin, int64_t end) {
+      multiply_tiles(team, w, inputs, plan.first_region(0), n, begin, end, a.delta.data(), hidden);
       const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, hidden);
       for (int64_t t = 0; t < n; ++t) {
         isa.add(a.x.data() + t * hidden + row, a.delta.data() + t * hidden + row, row_end - row);
@@ -164,8 +170,8 @@ struct Decoder::Pass {
     });
   }
 
-  void attend(int64_t layer, const LutPlan& o_plan) {
-    const bool build_now = a.luts.builds_early(o_plan) && head_dim % kRegionWeights == 0;
+  void attend(int64_t layer, const InputPlan& o_plan) {
+    const bool build_now = a.inputs.builds_early(o_plan) && head_dim % kRegionWeights == 0;
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
     const int64_t heads_per_kv = config.n_heads / config.n_kv_heads;
     float* rotated = a.rotated.data() + team.thread() * head_dim;
@@ -183,35 +189,34 @@ struct Decoder::Pass {
         isa.attend(rotated, cache.keys(layer, head / heads_per_kv) + first * head_dim,
                    cache.values(layer, head / heads_per_kv) + first * head_dim, last + 1 - first,
                    head_dim, scale, scores, out + at);
-        if (build_now) a.luts.build_weights(o_plan, t, at, at + head_dim, out);
+        if (build_now) a.inputs.build_weights(o_plan, n, t, at, at + head_dim, out);
       }
     });
-    if (!build_now) build_luts(team, o_plan, a.luts, n, a.attended.data(), q_width);
+    if (!build_now) a.inputs.build_all(team, o_plan, n, a.attended.data(), q_width);
   }
 
-  // Tables of silu(gate . x) * (up . x).
+  // silu(gate . x) * (up . x) as the inputs of `down`.
   void feed_forward(const LayerWeights& w, const LayerPlans& plans) {
     const int64_t width = w.gate.spec.m;
-    const bool build_now = a.down_luts.builds_early(plans.down);
+    const bool build_now = a.down_inputs.builds_early(plans.down);
     // As many tiles as make a region of the next product's input.
     constexpr int64_t kTiles = kRegionWeights / kTileRows;
-    const int64_t n_tiles = w.gate.spec.n_tiles();
-    team.parallel_for(ceil_div(n_tiles, kTiles), [&](int64_t first, int64_t last) {
-      const int64_t begin = first * kTiles, end = std::min(last * kTiles, n_tiles);
-      multiply_tiles(w.gate, a.luts, plans.gate_up.first_region(0), n, begin, end, a.gate.data(),
-                     width);
-      multiply_tiles(w.up, a.luts, plans.gate_up.first_region(1), n, begin, end, a.up.data(),
-                     width);
+    static_assert(kTiles % kTilesAtOnce == 0);
+    for_tiles(team, w.gate.spec.n_tiles(), kTiles, [&](int64_t begin, int64_t end) {
+      multiply_tiles(team, w.gate, a.inputs, plans.gate_up.first_region(0), n, begin, end,
+                     a.gate.data(), width);
+      multiply_tiles(team, w.up, a.inputs, plans.gate_up.first_region(1), n, begin, end,
+                     a.up.data(), width);
       const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, width);
       for (int64_t t = 0; t < n; ++t) {
         isa.silu_multiply(a.gate.data() + t * width + row, a.up.data() + t * width + row,
                           row_end - row);
         if (build_now) {
-          a.down_luts.build_weights(plans.down, t, row, row_end, a.gate.data() + t * width);
+          a.down_inputs.build_weights(plans.down, n, t, row, row_end, a.gate.data() + t * width);
         }
       }
     });
-    if (!build_now) build_luts(team, plans.down, a.down_luts, n, a.gate.data(), width);
+    if (!build_now) a.down_inputs.build_all(team, plans.down, n, a.gate.data(), width);
   }
 };
 
@@ -221,8 +226,8 @@ Decoder::Decoder(DecoderConfig config, DecoderWeights weights)
       head_plan_({weights_.lm_head.spec}) {
   check_model(config_, weights_);
   for (const LayerWeights& w : weights_.layers) {
-    plans_.push_back({LutPlan({w.q.spec, w.k.spec, w.v.spec}), LutPlan({w.o.spec}),
-                      LutPlan({w.gate.spec, w.up.spec}), LutPlan({w.down.spec})});
+    plans_.push_back({InputPlan({w.q.spec, w.k.spec, w.v.spec}), InputPlan({w.o.spec}),
+                      InputPlan({w.gate.spec, w.up.spec}), InputPlan({w.down.spec})});
   }
 }
 

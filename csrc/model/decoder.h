@@ -38,9 +38,9 @@ struct DecoderWeights {
   std::vector<LayerWeights> layers;
 };
 
-// One table build for each vector that matrices read.
+// One plan for each vector that matrices read.
 struct LayerPlans {
-  LutPlan qkv, o, gate_up, down;
+  InputPlan qkv, o, gate_up, down;
 };
 
 struct Activations;
@@ -68,7 +68,7 @@ class Decoder {
   const DecoderConfig config_;
   const DecoderWeights weights_;
   std::vector<LayerPlans> plans_;
-  const LutPlan head_plan_;
+  const InputPlan head_plan_;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Activations>> idle_;  // of finished steps, for the next ones
 };

@@ -7,11 +7,13 @@
 
 #include "core/aligned.h"
 #include "core/check.h"
+#include "kernels/kernels.h"
 
 namespace tmac {
 namespace {
 
 constexpr int kPasses = 8;
+constexpr int64_t kPeakRounds = 4096;  // some 20 microseconds
 constexpr int64_t kMinBytes = int64_t{1} << 20;
 constexpr int64_t kLineWords = 8;      // a cache line: what memory hands out at least
 constexpr int kLinesAtOnce = 8;        // independent chains of additions, so that fetches overlap
@@ -57,6 +59,24 @@ double read_bandwidth(int64_t n_bytes, ThreadPool& pool) {
   }
   if (total != static_cast<uint64_t>(n_words / kLineWords) * kPasses) {
     throw std::runtime_error("read_bandwidth: memory does not hold what was written to it");
+  }
+  return fastest;
+}
+
+double multiply_peak(ThreadPool& pool) {
+  const auto run = kernels().multiply_peak;
+  const int64_t n_pieces = 64 * pool.threads();
+  double fastest = 0;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    std::atomic<int64_t> products{0};
+    const auto start = std::chrono::steady_clock::now();
+    pool.run([&](Team& team) {
+      team.parallel_for(n_pieces, [&](int64_t begin, int64_t end) {
+        products += run((end - begin) * kPeakRounds);
+      });
+    });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    fastest = std::max(fastest, static_cast<double>(products) / seconds.count());
   }
   return fastest;
 }

@@ -11,4 +11,8 @@ namespace tmac {
 // cache that holds it. Throws std::invalid_argument if n_bytes < 1 MiB.
 double read_bandwidth(int64_t n_bytes, ThreadPool& pool);
 
+// Multiply-adds of int8 per second that the pool's threads reach with the active instruction set,
+// from registers: the best of several passes.
+double multiply_peak(ThreadPool& pool);
+
 }  // namespace tmac

@@ -4,22 +4,23 @@
 #include <cstring>
 
 namespace tmac {
+namespace {
 
-void multiply_tiles(const Linear& w, Luts& luts, int64_t first_region, int64_t n_tokens,
-                    int64_t tile_begin, int64_t tile_end, float* y, int64_t stride) {
-  const auto multiply = kernels().multiply_tile[table_parts(luts.tables()) - 1][w.spec.bits - 1];
-  const int64_t tile_bytes = w.spec.tile_bytes();
-  LutView views[kTokensAtOnce];
-  for (int64_t t = 0; t < n_tokens; ++t) views[t] = luts.view(t, first_region);
+void look_up_tiles(const Linear& w, Inputs& inputs, int64_t first_region, int64_t n_tokens,
+                   int64_t tile_begin, int64_t tile_end, float* y, int64_t stride) {
+  const int parts = table_parts(inputs.tables());
+  const auto multiply = kernels().multiply_tile[parts - 1][w.spec.bits - 1];
+  LutView views[kTableTokens];
+  for (int64_t t = 0; t < n_tokens; ++t) views[t] = inputs.luts().view(t, first_region);
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const int64_t row = tile * kTileRows;
     const int64_t rows = std::min<int64_t>(kTileRows, w.spec.m - row);
-    const uint8_t* packed = w.packed + tile * tile_bytes;
+    const uint8_t* packed = w.packed + tile * w.spec.tile_bytes();
     if (rows == kTileRows) {
       multiply(w.spec, packed, views, n_tokens, y + row, stride);
       continue;
     }
-    float whole[kTokensAtOnce * kTileRows];
+    float whole[kTableTokens * kTileRows];
     multiply(w.spec, packed, views, n_tokens, whole, kTileRows);
     for (int64_t t = 0; t < n_tokens; ++t) {
       std::memcpy(y + t * stride + row, whole + t * kTileRows,
@@ -28,18 +29,39 @@ void multiply_tiles(const Linear& w, Luts& luts, int64_t first_region, int64_t n
   }
 }
 
+}  // namespace
+
+void multiply_tiles(const Team& team, const Linear& w, Inputs& inputs, int64_t first_region,
+                    int64_t n_tokens, int64_t tile_begin, int64_t tile_end, float* y,
+                    int64_t stride) {
+  if (reads_tables(n_tokens)) {
+    look_up_tiles(w, inputs, first_region, n_tokens, tile_begin, tile_end, y, stride);
+    return;
+  }
+  const RowView view = inputs.rows().view(n_tokens, first_region);
+  const auto multiply = kernels().multiply_rows[view.parts - 1][w.spec.bits - 1];
+  const RowSums sums = inputs.rows().sums(team.thread());
+  const int64_t row_end = std::min(tile_end * kTileRows, w.spec.m);
+  for (int64_t tile = tile_begin; tile < tile_end; tile += kTilesAtOnce) {
+    const int64_t row = tile * kTileRows;
+    const int64_t rows = std::min<int64_t>(kTilesAtOnce * kTileRows, row_end - row);
+    multiply(w.spec, w.packed + tile * w.spec.tile_bytes(), view, sums, static_cast<int>(rows),
+             y + row, stride);
+  }
+}
+
 void linear_forward(const Linear& w, Tables tables, const float* x, int64_t n, float* y,
                     ThreadPool& pool) {
   kernels();  // throws, if it must, before the threads set out
-  const LutPlan plan({w.spec});
-  Luts luts(tables, plan.n_regions(), std::min(n, kTokensAtOnce));
+  const InputPlan plan({w.spec});
+  Inputs inputs(tables, plan.n_regions(), std::min(n, kTokensAtOnce), pool.threads());
+  const int64_t k = w.spec.k, m = w.spec.m;
   pool.run([&](Team& team) {
     for (int64_t first = 0; first < n; first += kTokensAtOnce) {
       const int64_t tokens = std::min(kTokensAtOnce, n - first);
-      build_luts(team, plan, luts, tokens, x + first * w.spec.k, w.spec.k);
-      team.parallel_for(w.spec.n_tiles(), [&](int64_t begin, int64_t end) {
-        multiply_tiles(w, luts, plan.first_region(0), tokens, begin, end, y + first * w.spec.m,
-                       w.spec.m);
+      inputs.build_all(team, plan, tokens, x + first * k, k);
+      for_tiles(team, w.spec.n_tiles(), tiles_at_once(tokens), [&](int64_t begin, int64_t end) {
+        multiply_tiles(team, w, inputs, plan.first_region(0), tokens, begin, end, y + first * m, m);
       });
     }
   });

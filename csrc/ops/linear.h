@@ -1,9 +1,10 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/thread_pool.h"
-#include "ops/luts.h"
+#include "ops/inputs.h"
 
 namespace tmac {
 
@@ -14,9 +15,18 @@ struct Linear {
 };
 
 // y[t, 32 * tile...] = w . x_t for the tiles [tile_begin, tile_end) and t < n_tokens, where the
-// tables of token t begin at `first_region`. Rows of y are `stride` apart.
-void multiply_tiles(const Linear& w, Luts& luts, int64_t first_region, int64_t n_tokens,
-                    int64_t tile_begin, int64_t tile_end, float* y, int64_t stride);
+// regions of w begin at `first_region` of the inputs. Rows of y are `stride` apart.
+void multiply_tiles(const Team& team, const Linear& w, Inputs& inputs, int64_t first_region,
+                    int64_t n_tokens, int64_t tile_begin, int64_t tile_end, float* y,
+                    int64_t stride);
+
+// Calls work(begin, end) over runs of tiles that the team shares out, `at_once` tiles to a piece.
+template <typename Work>
+void for_tiles(Team& team, int64_t n_tiles, int64_t at_once, const Work& work) {
+  team.parallel_for(ceil_div(n_tiles, at_once), [&](int64_t begin, int64_t end) {
+    work(begin * at_once, std::min(end * at_once, n_tiles));
+  });
+}
 
 // y [n, m] = x [n, k] . w^T
 void linear_forward(const Linear& w, Tables tables, const float* x, int64_t n, float* y,

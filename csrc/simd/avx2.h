@@ -4,7 +4,14 @@
 
 #include <cstdint>
 
-// AVX2, FMA and F16C: 32 bytes, 8 floats. The operations are described in simd/README.md.
+#include "simd/x86_dot.h"
+
+// AVX2, FMA and F16C; with the VNNI instructions of 256 bits where the compiler is told so: 32
+// bytes, 8 floats. The operations are described in simd/README.md.
+#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
+#define TMAC_AVX2_DOT
+#endif
+
 namespace tmac {
 namespace {
 
@@ -48,8 +55,15 @@ struct Avx2 {
       return _mm256_set1_epi32(static_cast<int32_t>(multipliers[i]));
     }
   };
+#ifdef TMAC_AVX2_DOT
+  // acc + 4 products of unsigned and signed bytes a lane.
+  static I dot(I acc, B a, B b) {
 #ifdef __AVXVNNI__
-  static I dot(I acc, B weights, B sums) { return _mm256_dpbusd_avx_epi32(acc, weights, sums); }
+    return _mm256_dpbusd_avx_epi32(acc, a, b);
+#else
+    return _mm256_dpbusd_epi32(acc, a, b);
+#endif
+  }
   // 8 rows x 4 planes a vector.
   struct Quad : Planes {
     static constexpr int kVectors = 4, kAccumulators = 4;
@@ -125,7 +139,7 @@ struct Avx2 {
   }
   // Words 0-7: the planes of table 0-7; 8-11: two planes of both tables of chunk 0-3; 12-15: one.
   static void write_multipliers(const int32_t* m, uint32_t* out) {
-#ifdef __AVXVNNI__
+#ifdef TMAC_AVX2_DOT
     constexpr int32_t kPlanes = 0x08040201;
 #else
     constexpr int32_t kPlanes = 0x02010201;
@@ -213,6 +227,57 @@ struct Avx2 {
     write_two(_mm256_unpacklo_epi32(lower, upper), 0);
     write_two(_mm256_unpackhi_epi32(lower, upper), 2);
   }
+
+  // Products of unpacked codes (kernels/multiply_rows.inl).
+
+  static I set_i(int32_t x) { return _mm256_set1_epi32(x); }
+  static I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I xor_i(I a, I b) { return _mm256_xor_si256(a, b); }
+  static I and_i(I a, I b) { return _mm256_and_si256(a, b); }
+  template <int kShift>
+  static I shift_left(I a) {
+    return _mm256_slli_epi32(a, kShift);
+  }
+  template <int kShift>
+  static I shift_right(I a) {
+    return _mm256_srli_epi32(a, kShift);
+  }
+  static I load_i(const uint8_t* p) { return load(p); }
+  static I load_words(const uint8_t* p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I load_bytes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  template <typename T>
+  static void opaque(T& x) {
+    asm volatile("" : "+x"(x));
+  }
+
+  static constexpr int kDotVectors = 2;
+  static I add_words(I a, I b) { return _mm256_add_epi16(a, b); }
+  static I multiply_pairs(I codes, I q) { return _mm256_maddubs_epi16(codes, q); }
+  static I multiply_words(I a, I b) { return _mm256_madd_epi16(a, b); }
+  static I set_words(int16_t x) { return _mm256_set1_epi16(x); }
+  template <int kShift>
+  static I shift_words_left(I a) {
+    return _mm256_slli_epi16(a, kShift);
+  }
+  template <int kShift>
+  static I shift_words_right(I a) {
+    return _mm256_srai_epi16(a, kShift);
+  }
+  static void store(uint8_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<I*>(p), a); }
+#ifdef TMAC_AVX2_DOT
+  static constexpr int kDotTokens = 6;
+  static I multiply_fours(I sum, I codes, I q) { return dot(sum, codes, q); }
+  template <int kBits>
+  using Dot = FoursDot<Avx2, kBits>;
+#else
+  static constexpr int kDotTokens = 4;
+  template <int kBits>
+  using Dot = PairsDot<Avx2, kBits>;
+#endif
 
  private:
   static void write(B b, int8_t* out) {

@@ -234,11 +234,6 @@ struct Avx512 {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(out + 12), bytes);
 #else
     Avx2::write_multipliers(m, out);
-#ifdef __AVX512VNNI__
-    const __m256i tables = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(m));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
-                        _mm256_mullo_epi32(tables, _mm256_set1_epi32(0x08040201)));
-#endif
 #endif
   }
 
@@ -278,6 +273,61 @@ struct Avx512 {
   }
 
   static void prefetch(const uint8_t* p) { Avx2::prefetch(p); }
+
+  // Products of unpacked codes (kernels/multiply_rows.inl).
+
+  static I set_i(int32_t x) { return _mm512_set1_epi32(x); }
+  static I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I xor_i(I a, I b) { return _mm512_xor_si512(a, b); }
+  static I and_i(I a, I b) { return _mm512_and_si512(a, b); }
+  template <int kShift>
+  static I shift_left(I a) {
+    return _mm512_slli_epi32(a, kShift);
+  }
+  template <int kShift>
+  static I shift_right(I a) {
+    return _mm512_srli_epi32(a, kShift);
+  }
+  static I load_i(const uint8_t* p) { return load(p); }
+  static I load_words(const uint8_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static I load_bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  template <typename T>
+  static void opaque(T& x) {
+    asm volatile("" : "+v"(x));
+  }
+
+  static constexpr int kDotVectors = 2;
+#ifdef __AVX512VNNI__
+  static constexpr int kDotTokens = 12;
+  // Not the intrinsic: GCC copies accumulators to and fro around it.
+  static I multiply_fours(I sum, I codes, I q) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(q));
+    return sum;
+  }
+  template <int kBits>
+  using Dot = FoursDot<Avx512, kBits>;
+#else
+  static constexpr int kDotTokens = 6;
+  static I add_words(I a, I b) { return _mm512_add_epi16(a, b); }
+  static I multiply_pairs(I codes, I q) { return _mm512_maddubs_epi16(codes, q); }
+  static I multiply_words(I a, I b) { return _mm512_madd_epi16(a, b); }
+  static I set_words(int16_t x) { return _mm512_set1_epi16(x); }
+  template <int kShift>
+  static I shift_words_left(I a) {
+    return _mm512_slli_epi16(a, kShift);
+  }
+  template <int kShift>
+  static I shift_words_right(I a) {
+    return _mm512_srai_epi16(a, kShift);
+  }
+  static void store(uint8_t* p, I a) { _mm512_storeu_si512(p, a); }
+  template <int kBits>
+  using Dot = PairsDot<Avx512, kBits>;
+#endif
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <arm_neon.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "simd/scalar.h"
 
@@ -164,6 +165,90 @@ struct Neon {
   static void write_tables(const int32_t (*entries)[kHalfTables], int8_t* out) {
     Scalar::write_tables(entries, out);
   }
+
+  // Products of unpacked codes (kernels/multiply_rows.inl).
+
+  static I set_i(int32_t x) { return vdupq_n_s32(x); }
+  static I add_i(I a, I b) { return vaddq_s32(a, b); }
+  static I xor_i(I a, I b) { return veorq_s32(a, b); }
+  static I and_i(I a, I b) { return vandq_s32(a, b); }
+  template <int kShift>
+  static I shift_left(I a) {
+    return vshlq_n_s32(a, kShift);
+  }
+  template <int kShift>
+  static I shift_right(I a) {
+    return vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a), kShift));
+  }
+  static I load_i(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+  static I load_words(const uint8_t* p) {
+    return vreinterpretq_s32_u32(vmovl_u16(vreinterpret_u16_u8(vld1_u8(p))));
+  }
+  static I load_bytes(const uint8_t* p) {
+    uint32_t four;
+    std::memcpy(&four, p, 4);
+    const uint16x8_t words = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)));
+    return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(words)));
+  }
+  template <typename T>
+  static void opaque(T& x) {
+    asm volatile("" : "+w"(x));
+  }
+
+  static constexpr int kDotVectors = 4;
+#ifdef __ARM_FEATURE_DOTPROD
+  static constexpr int kDotTokens = 6;
+#else
+  static constexpr int kDotTokens = 2;
+#endif
+  // Up to 7 bits 2 u - (2^b - 1) is an int8. For 8 bits R = 2 * sum (u - 128) q + sum q.
+  template <bool kHalves>
+  struct DotCore {
+    using Codes = int8x16_t;
+    static constexpr int kTokenBytes = 64;
+    static constexpr int kRun = 16;
+    static constexpr bool kHasTotal = true;
+    static constexpr bool kHalved = kHalves;
+
+    static Codes load(const uint8_t* codes) { return Neon::load(codes); }
+    static int8x16_t broadcast_loud(const int8_t* q) { return broadcast(q); }
+    static int8x16_t broadcast(const int8_t* q) {
+      int32_t four;
+      std::memcpy(&four, q, 4);
+      return vreinterpretq_s8_s32(vdupq_n_s32(four));
+    }
+    void fold() {}
+#ifdef __ARM_FEATURE_DOTPROD
+    I acc;
+    void begin(I bias) { acc = bias; }
+    void add(Codes codes, int8x16_t q) { acc = vdotq_s32(acc, codes, q); }
+    I sum() const { return acc; }
+#else
+    I total, lo, hi;
+    void begin(I bias) {
+      total = bias;
+      lo = hi = vdupq_n_s32(0);
+    }
+    void add(Codes codes, int8x16_t q) {
+      lo = vpadalq_s16(lo, vmull_s8(vget_low_s8(codes), vget_low_s8(q)));
+      hi = vpadalq_s16(hi, vmull_s8(vget_high_s8(codes), vget_high_s8(q)));
+    }
+    I sum() const { return vaddq_s32(total, vpaddq_s32(lo, hi)); }
+#endif
+  };
+  template <int kBits>
+  struct Dot {
+    using Core = DotCore<kBits == 8>;
+    static I prepare(I codes) {
+      const int8x16_t bytes = vreinterpretq_s8_s32(codes);
+      if constexpr (kBits == 8) {
+        return vreinterpretq_s32_s8(veorq_s8(bytes, vdupq_n_s8(INT8_MIN)));
+      }
+      return vreinterpretq_s32_s8(
+          vsubq_s8(vaddq_s8(bytes, bytes), vdupq_n_s8(static_cast<int8_t>((1 << kBits) - 1))));
+    }
+    static I bias(I) { return vdupq_n_s32(0); }
+  };
 };
 
 }  // namespace

@@ -59,9 +59,10 @@ struct Scalar {
       const B b = Scalar::load(codes + v * kBytes);
       return {Scalar::low(b), Scalar::high(b)};
     }
+    // Not inlined: compilers take minutes over a tile's worth of it.
     template <int kTaken>
-    void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers,
-             int chunk) {
+    __attribute__((noinline)) void add(int v, const Index& index, const int8_t* entries,
+                                       const uint32_t* multipliers, int chunk) {
       auto& rows = static_cast<Rows&>(*this);
       const int high = kHalfTables / 2 + chunk;
       rows.weigh(v, lookup(table(entries + 16 * chunk), index.low),
@@ -109,9 +110,8 @@ struct Scalar {
     for (int i = 0; i < 4; ++i) a.v[i] += b.v[i] * (1 << kShift);
     return a;
   }
-  static I sub_i(I a, const I& b) {
-    for (int i = 0; i < 4; ++i) a.v[i] -= b.v[i];
-    return a;
+  static I sub_i(const I& a, const I& b) {
+    return each(a, b, [](uint32_t x, uint32_t y) { return x - y; });
   }
   static F to_float(const I& a) {
     F f;
@@ -201,6 +201,86 @@ struct Scalar {
       }
     }
   }
+
+  // Products of unpacked codes (kernels/multiply_rows.inl).
+
+  template <typename Operation>
+  static I each(const I& a, const I& b, const Operation& operation) {
+    I r;
+    for (int i = 0; i < 4; ++i) {
+      r.v[i] = static_cast<int32_t>(
+          operation(static_cast<uint32_t>(a.v[i]), static_cast<uint32_t>(b.v[i])));
+    }
+    return r;
+  }
+  static I set_i(int32_t x) { return I{{x, x, x, x}}; }
+  static I add_i(const I& a, const I& b) {
+    return each(a, b, [](uint32_t x, uint32_t y) { return x + y; });
+  }
+  static I xor_i(const I& a, const I& b) {
+    return each(a, b, [](uint32_t x, uint32_t y) { return x ^ y; });
+  }
+  static I and_i(const I& a, const I& b) {
+    return each(a, b, [](uint32_t x, uint32_t y) { return x & y; });
+  }
+  template <int kShift>
+  static I shift_left(const I& a) {
+    return each(a, a, [](uint32_t x, uint32_t) { return x << kShift; });
+  }
+  template <int kShift>
+  static I shift_right(const I& a) {
+    return each(a, a, [](uint32_t x, uint32_t) { return x >> kShift; });
+  }
+  static I load_i(const uint8_t* p) {
+    I a;
+    std::memcpy(a.v, p, 16);
+    return a;
+  }
+  static I load_words(const uint8_t* p) {
+    I a;
+    for (int i = 0; i < 4; ++i) a.v[i] = p[2 * i] | p[2 * i + 1] << 8;
+    return a;
+  }
+  static I load_bytes(const uint8_t* p) { return I{{p[0], p[1], p[2], p[3]}}; }
+  template <typename T>
+  static void opaque(T& x) {
+    asm volatile("" : "+m"(x));
+  }
+
+  static constexpr int kDotTokens = 2;
+  static constexpr int kDotVectors = 2;
+  struct DotCore {
+    using Codes = B;
+    static constexpr int kTokenBytes = 64;
+    static constexpr int kRun = 16;
+    static constexpr bool kHasTotal = true;
+    static constexpr bool kHalved = false;
+    I acc;
+
+    static B load(const uint8_t* codes) { return Scalar::load(codes); }
+    static B broadcast_loud(const int8_t* q) { return broadcast(q); }
+    static B broadcast(const int8_t* q) {
+      B b;
+      for (int i = 0; i < 16; ++i) b.v[i] = q[i % 4];
+      return b;
+    }
+    void begin(const I& bias) { acc = bias; }
+    void add(const B& codes, const B& q) {
+      for (int r = 0; r < 4; ++r) {
+        int32_t sum = 0;
+        for (int i = 4 * r; i < 4 * r + 4; ++i) sum += static_cast<uint8_t>(codes.v[i]) * q.v[i];
+        acc.v[r] += 2 * sum;
+      }
+    }
+    void fold() {}
+    I sum() const { return acc; }
+  };
+  template <int kBits>
+  struct Dot {
+    using Core = DotCore;
+    static I prepare(const I& codes) { return codes; }
+    static I bias(const I& sum) { return sub_i(sum, shift_left<kBits>(sum)); }
+  };
 
  private:
   // a * b + c with one rounding, on a CPU that may not have the instruction: the product is exact

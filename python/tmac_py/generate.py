@@ -17,8 +17,9 @@ from tmac_py.tokenizer import IncrementalDecoder
 FinishReason = Literal["stop", "length"]
 """Why an answer ended: an end token or stop string, or ``max_tokens`` or the context reached."""
 
-PREFILL_CHUNK = 64
-"""Prompt tokens per call of the core: Ctrl-C and cancellation are answered between calls."""
+PREFILL_CHUNK = 256
+"""Prompt tokens per call of the core, which takes as many through a layer at once. Ctrl-C and
+cancellation are answered between calls."""
 
 
 class Cache(Protocol):

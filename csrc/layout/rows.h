@@ -1,0 +1,79 @@
+#pragma once
+
+#include <cstdint>
+
+#include "layout/region.h"
+
+namespace tmac {
+
+// Activations of many tokens as integers, for the product with unpacked codes. Tokens are dealt out
+// to blocks of nearly equal, even size, whose integers the kernels read side by side.
+constexpr int kBlockTokens = 12;
+constexpr int kTokenLanes = 16;  // room for the numbers of a block's tokens: whole vectors
+constexpr int kTilesAtOnce = 2;  // that read the same integers from the first-level cache
+constexpr int kLoudShift = 7;    // the two parts of a loud quad: q = 2^7 * high + low
+constexpr int kLoudBase = 1 << kLoudShift;
+constexpr int kQuadWeights = 4;  // that one dot product takes
+constexpr int kQuadCodes = kTileRows * kQuadWeights;
+
+// One region of one block. Integers have 8 bits, |q| <= 127, or two parts, q = 255 * high + low
+// with |q| <= 32512 (Tables::kExact, the integers of layout/lut.h). With Tables::kInt8 the 4
+// integers with the largest activation, the loud quad, have two parts, |q| <= 8128: outliers would
+// cost the others of their region most of their bits.
+struct RowRegion {
+  alignas(64) float half_unit[kTokenLanes];  // NaN if an activation is not finite
+  alignas(64) int32_t region_sum[kTokenLanes];
+  alignas(64) int32_t chunk_sum[kRegionChunks][kTokenLanes];
+  alignas(64) uint32_t loud_at[kTokenLanes];  // where the loud quad's codes begin
+  alignas(64) uint32_t loud[kTokenLanes];     // its high parts, 4 bytes
+};
+
+// How n tokens are dealt out.
+struct RowBlocks {
+  int64_t n_tokens;
+
+  // Half the number of tokens, the last of which may be missing.
+  int64_t n_pairs() const { return ceil_div(n_tokens, 2); }
+  int64_t n_blocks() const { return ceil_div(n_tokens, kBlockTokens); }
+  int64_t first_token(int64_t block) const { return 2 * (n_pairs() * block / n_blocks()); }
+  // With the missing one.
+  int tokens(int64_t block) const {
+    return static_cast<int>(first_token(block + 1) - first_token(block));
+  }
+  int64_t block_of(int64_t token) const { return ((token / 2 + 1) * n_blocks() - 1) / n_pairs(); }
+};
+
+// The integers that one matrix reads.
+struct RowView {
+  int8_t* integers;    // [blocks][stride regions][parts][12][64]
+  RowRegion* regions;  // [blocks][stride regions]
+  float* token_unit;   // [blocks][16] factor of the token's product
+  int64_t stride;      // regions of a block
+  int parts;
+  RowBlocks blocks;
+
+  int8_t* integers_at(int64_t block, int64_t region) const {
+    return integers + (block * stride + region) * parts * kBlockTokens * kRegionWeights;
+  }
+  RowRegion& region(int64_t block, int64_t region) const {
+    return regions[block * stride + region];
+  }
+};
+
+// Scratch memory of one product: sums of rows and of groups for each token.
+struct RowSums {
+  float* product;  // [blocks][2][12][32]
+  float* group;    // [blocks][2][12][32]
+  float* x_sum;    // [blocks][16]
+
+  static constexpr int64_t kBlockFloats = kTilesAtOnce * kBlockTokens * kTileRows;
+  static constexpr int64_t size(int64_t n_blocks) {
+    return n_blocks * (2 * kBlockFloats + kTokenLanes);
+  }
+  RowSums(float* memory, int64_t n_blocks)
+      : product(memory),
+        group(product + n_blocks * kBlockFloats),
+        x_sum(group + n_blocks * kBlockFloats) {}
+};
+
+}  // namespace tmac

@@ -1,0 +1,93 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/aligned.h"
+#include "core/thread_pool.h"
+#include "kernels/kernels.h"
+#include "ops/input_plan.h"
+
+namespace tmac {
+
+// Products of up to this many tokens look up tables; those of more unpack the weights and multiply
+// them with integers.
+constexpr int64_t kTableTokens = 16;
+// Tokens whose inputs are built and read together: weights stream past once for all of them.
+constexpr int64_t kTokensAtOnce = 512;
+
+constexpr bool reads_tables(int64_t n_tokens) { return n_tokens <= kTableTokens; }
+// Tiles that one product works on together: what threads should be dealt.
+constexpr int64_t tiles_at_once(int64_t n_tokens) {
+  return reads_tables(n_tokens) ? 1 : kTilesAtOnce;
+}
+
+// Memory for the tables of several tokens.
+class Luts {
+ public:
+  Luts(Tables tables, int64_t max_regions, int64_t max_tokens);
+  // For a matrix whose regions begin at `first_region`.
+  LutView view(int64_t token, int64_t first_region);
+  float& token_unit(int64_t token) { return token_unit_.data()[token]; }
+
+ private:
+  const int parts_;
+  const int64_t max_regions_;
+  // The arrays of LutView, each [max_tokens, max_regions, ...].
+  AlignedBuffer<int8_t> entries_;
+  AlignedBuffer<uint32_t> multipliers_;
+  AlignedBuffer<float> half_unit_;
+  AlignedBuffer<float> chunk_sum_;
+  AlignedBuffer<float> region_sum_;
+  AlignedBuffer<float> token_unit_;  // [max_tokens]
+};
+
+// Memory for the integers of several tokens, and for the sums of the threads that read them.
+class Rows {
+ public:
+  Rows(Tables tables, int64_t max_regions, int64_t max_tokens, int64_t threads);
+  RowView view(int64_t n_tokens, int64_t first_region);
+  RowSums sums(int thread);
+
+ private:
+  const int parts_;
+  const int64_t max_regions_, max_blocks_;
+  AlignedBuffer<int8_t> integers_;
+  AlignedBuffer<RowRegion> regions_;
+  AlignedBuffer<float> token_unit_;
+  AlignedBuffer<float> sums_;  // [threads, RowSums]
+};
+
+// What matrix products read: the activations of several tokens in the form that the number of
+// tokens asks for. All calls about the same activations name the same number.
+class Inputs {
+ public:
+  Inputs(Tables tables, int64_t max_regions, int64_t max_tokens, int64_t threads);
+
+  Tables tables() const { return tables_; }
+  // True if a region can be built before the activations of other regions are known.
+  bool builds_early(const InputPlan& plan) const {
+    return plan.contiguous() && tables_ != Tables::kExact8;
+  }
+  // Builds the regions [begin, end) of `plan` for one of n_tokens from all of its activations x
+  // [k].
+  void build(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t begin, int64_t end,
+             const float* x);
+  // Builds the regions of weights [begin, end), multiples of 64 or k. Needs builds_early(plan).
+  void build_weights(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t begin,
+                     int64_t end, const float* x) {
+    build(plan, n_tokens, token, begin / kRegionWeights, ceil_div(end, kRegionWeights), x);
+  }
+  // All regions of x [n_tokens, k], rows `stride` apart, shared out over the team.
+  void build_all(Team& team, const InputPlan& plan, int64_t n_tokens, const float* x,
+                 int64_t stride);
+
+  Luts& luts() { return luts_; }
+  Rows& rows() { return rows_; }
+
+ private:
+  const Tables tables_;
+  Luts luts_;
+  Rows rows_;
+};
+
+}  // namespace tmac
