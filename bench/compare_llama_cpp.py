@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -36,6 +34,7 @@ from measure import (
     positive,
     positive_list,
 )
+from worker_process import WorkerDied, WorkerProcess
 
 from tmac_py import TmacError, _core
 from tmac_py.cli.progress import PhaseProgress
@@ -51,40 +50,16 @@ REQUIREMENT = "llama-cpp-python==0.3.36"
 IDLE_SECONDS = 0.05  # between samples: the threads of the engine before have gone to sleep
 
 
-class Worker:
-    """A process of engine_worker.py."""
+class Worker(WorkerProcess):
+    """One engine, in a process of engine_worker.py; it sleeps before each command."""
 
     def __init__(self, engine: str, **options: Any) -> None:
-        script = Path(__file__).with_name("engine_worker.py")
-        self._engine = engine
-        self._process = subprocess.Popen(
-            [sys.executable, str(script), json.dumps({"engine": engine, **options})],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-        )
-        self.facts = self._answer()
+        super().__init__("engine_worker.py", engine=engine, **options)
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         """The answer to one of engine_worker.COMMANDS."""
         time.sleep(IDLE_SECONDS)
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-        return self._answer()
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.communicate()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self._engine}: its process ended with {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return super().ask(command, **arguments)
 
 
 @dataclass(frozen=True)
@@ -309,7 +284,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TmacError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     load = OtherLoad()
-    runs = [run(checkpoint, threads, settings) for threads in args.threads]
+    try:
+        runs = [run(checkpoint, threads, settings) for threads in args.threads]
+    except WorkerDied as error:
+        parser.exit(1, f"error: an engine failed: {error}\n")
     facts["other_load_cpus"] = load.cpus()
     print(report(checkpoint, facts, settings, runs))
     if args.json:

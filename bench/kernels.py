@@ -1,280 +1,315 @@
-"""One matrix times one vector: time and bandwidth by shape, bits, tables, threads and ISA.
+"""Products of low-bit matrices: time, part of the machine's roofs, and speed beside llama.cpp's.
 
-    python bench/kernels.py --bits 2,4 --isa all
+    python bench/kernels.py --shapes llama-2-7b --bits 2,4 --isa all \\
+        --peer llama.cpp=PYTHON --json kernels.json --roofline kernels.png
 
-"cache": one matrix again and again. "memory": copies in turn that together are much larger than
-the last-level cache, so that each call reads its weights from memory. A call is what a model pays
-for a matrix of its own: building the tables and multiplying. The instruction sets take turns.
+"memory" goes round copies of a matrix that together are several times the last-level cache;
+"cache" repeats a small one. A product is what a model pays for: building tables and multiplying.
+Peers are ggml's kernels in llama-cpp-python and ik-llama-cpp-python, see bench/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+from alternate import TABLE_TOKENS, Roofs, Settings, alternate
+from contestants import OURS, Contestant, Kernel, Peer, PeerError, Tables
+from kernel_report import report
+from kernel_rows import Case, Row, Source, row_as_json, rows_of, total_as_json, totals
 from measure import (
     OtherLoad,
-    Spread,
+    cache_bytes,
     default_thread_counts,
-    describe,
-    describe_load,
+    last_level_cache_bytes,
     machine_facts,
     memory_buffer_bytes,
     positive,
     positive_list,
 )
-from numpy.typing import NDArray
+from model_shapes import Matrix, ShapeError, model_names, parse
+from packed_copies import ENCODINGS, Copies, code_bits, packed_matrix
+from qualify import Quick, qualified, quick_test
+from roofline import MatplotlibMissing, draw, need_matplotlib
+from table_build import TableBuild, table_build
+from tqdm import tqdm
 
 from tmac_py import _core
-from tmac_py.cli.tables import format_table
-
-Source = Literal["cache", "memory"]
-Tables = Literal["int8", "exact"]
-Shape = tuple[int, int]
 
 SOURCES: tuple[Source, ...] = ("cache", "memory")
-CALLS_A_TURN = 5  # of one instruction set before the next
+TABLES: tuple[Tables, ...] = ("int8", "exact", "exact8")
+CACHE_COLUMNS = 1024
+CACHE_SHARE = 0.5  # of the L2 cache for the codes: tables and results need some too
+L2_BYTES = 512 << 10  # where the system does not tell
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the report."""
+@dataclass
+class Results:
+    """All that was measured."""
 
-    m: int
-    k: int
-    bits: int
-    nbytes: int  # of the packed matrix
-    tables: Tables
-    threads: int
-    isa: str
-    source: Source
-    seconds: Spread  # of one call
-    read_gb_s: float  # read bandwidth from memory with as many threads
-
-    @property
-    def gb_s(self) -> float:
-        """Packed weights over the median time."""
-        return self.nbytes / self.seconds.median / 1e9
-
-    @property
-    def share(self) -> float | None:
-        """Part of the read bandwidth that is used; None if the weights come from a cache."""
-        return self.gb_s / self.read_gb_s if self.source == "memory" else None
+    rows: list[Row]
+    quick: list[Quick]
+    builds: list[TableBuild]
+    roofs: Roofs
 
 
-class Copies:
-    """One packed matrix several times in one buffer."""
+class Benchmark:
+    """One run."""
 
-    def __init__(
-        self, shape: Shape, *, bits: int, group_size: int, buffer: NDArray[np.uint8]
-    ) -> None:
-        m, k = shape
-        packed = _core.pack(
-            np.random.default_rng(0).integers(1 << bits, size=shape, dtype=np.uint8),
-            np.full((m, -(-k // group_size)), 0.01, dtype=np.float16),
-            bits=bits,
-            group_size=group_size,
-            offset_kind="none",
-        )
-        self.nbytes = packed.nbytes
-        count = buffer.nbytes // packed.nbytes
-        if count < 2:
-            raise ValueError(
-                f"{m}x{k} with {bits} bits is too large for the memory of this machine"
+    def __init__(self, args: argparse.Namespace, peers: list[Peer]) -> None:
+        self._args, self._peers = args, peers
+        self._pools = {threads: _core.ThreadPool(threads) for threads in args.threads}
+        self._bytes = memory_buffer_bytes()
+        self._settings = Settings(args.rounds, args.window_ms / 1e3)
+        self.results = Results([], [], [], Roofs(self._pools, buffer_bytes=self._bytes))
+        self._quick: dict[tuple[Any, ...], list[Quick]] = {}
+
+    def run(self) -> None:
+        """Measure everything into ``results``."""
+        cases = list(self._cases())
+        with tqdm(total=len(cases), desc="cases", disable=None, file=sys.stderr) as bar:
+            for encoding, source, matrix in dict.fromkeys(
+                (case.encoding, case.source, case.matrix) for case in cases
+            ):
+                here = [
+                    case
+                    for case in cases
+                    if (case.encoding, case.source, case.matrix) == (encoding, source, matrix)
+                ]
+                for rows in self._matrix(here):
+                    self.results.rows += rows
+                    bar.update()
+        if 1 in self._args.tokens and "memory" in self._args.sources:
+            self.results.builds = table_build(
+                "2" if "2" in self._args.bits else self._args.bits[0],
+                group_size=self._args.group_size,
+                isas=self._args.isa,
+                tables=self._args.tables,
+                pools=self._pools,
+                nbytes=self._bytes,
+                settings=self._settings,
             )
-        copies = buffer[: count * packed.nbytes].reshape(count, packed.nbytes)
-        copies[:] = packed
-        self._linears = [
-            _core.Linear(
-                copy,
-                m=m,
-                k=k,
-                bits=bits,
-                group_size=group_size,
-                offset_kind="none",
-                zero=2.0 ** (bits - 1),
-            )
-            for copy in copies
+
+    def _cases(self) -> Iterator[Case]:
+        """In the order of the report; those of one matrix stand together."""
+        args = self._args
+        for encoding, source in product(args.bits, args.sources):
+            matrices = args.shapes.matrices if source == "memory" else [_cache_matrix(encoding)]
+            tokens = [n for n in args.tokens if source == "memory" or n <= TABLE_TOKENS]
+            for matrix, threads, n in product(matrices, self._pools, tokens):
+                yield Case(matrix, encoding, n, threads, source)
+
+    def _matrix(self, cases: list[Case]) -> Iterator[list[Row]]:
+        """Rows of cases that have all but n and threads in common."""
+        matrix, encoding, source = cases[0].matrix, cases[0].encoding, cases[0].source
+        nbytes = self._bytes if source == "memory" else 0
+        packed = packed_matrix(encoding, matrix.m, matrix.k, group_size=self._args.group_size)
+        copies = Copies(packed, nbytes=nbytes)
+        kernels = [
+            Kernel(copies, self._pools, isa=isa, tables=tables)
+            for isa, tables in product(self._args.isa, self._args.tables)
         ]
-        self._turn = 0
-
-    def pick(self, source: Source) -> _core.Linear:
-        """Always the same copy from "cache", the one used longest ago from "memory"."""
-        if source == "cache":
-            return self._linears[0]
-        self._turn = (self._turn + 1) % len(self._linears)
-        return self._linears[self._turn]
-
-
-def measure(args: argparse.Namespace) -> Iterator[Row]:
-    """Rows in the order of the report."""
-    pools = {threads: _core.ThreadPool(threads) for threads in args.threads}
-    size = memory_buffer_bytes()
-    read_gb_s = {threads: _core.read_bandwidth(size, pool) for threads, pool in pools.items()}
-    # Pages of ordinary size, aligned like the packed matrices of a mapped .lut file.
-    buffer = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
-    for shape, bits in product(args.shapes, args.bits):
-        group_size = min(args.group_size, shape[1])
-        copies = Copies(shape, bits=bits, group_size=group_size, buffer=buffer)
-        for tables, threads, source in product(args.tables, pools, SOURCES):
-            seconds = _sample(args, copies, shape[1], pools[threads], tables, source)
-            for isa in args.isa:
-                yield Row(
-                    m=shape[0],
-                    k=shape[1],
-                    bits=bits,
-                    nbytes=copies.nbytes,
-                    tables=tables,
-                    threads=threads,
-                    isa=isa,
-                    source=source,
-                    seconds=Spread.of(seconds[isa]),
-                    read_gb_s=read_gb_s[threads],
-                )
-
-
-def _sample(
-    args: argparse.Namespace,
-    copies: Copies,
-    k: int,
-    pool: _core.ThreadPool,
-    tables: Tables,
-    source: Source,
-) -> dict[str, list[float]]:
-    """Seconds of each call, by instruction set."""
-    x = np.random.default_rng(1).standard_normal((1, k), dtype=np.float32)
-    seconds: dict[str, list[float]] = {isa: [] for isa in args.isa}
-    for _ in range(-(-args.calls // CALLS_A_TURN)):
-        for isa in args.isa:
-            _core.use_isa(isa)
-            _core.linear_forward(copies.pick(source), x, pool, tables=tables)  # wakes the threads
-            for _ in range(CALLS_A_TURN):
-                linear = copies.pick(source)
-                start = time.perf_counter()
-                _core.linear_forward(linear, x, pool, tables=tables)
-                seconds[isa].append(time.perf_counter() - start)
-    return seconds
-
-
-def report(facts: dict[str, Any], rows: Sequence[Row]) -> str:
-    """The text that is printed."""
-    roofs = dict(sorted({row.threads: row.read_gb_s for row in rows}.items()))
-    read = ", ".join(f"{gb_s:.1f} GB/s (threads {threads})" for threads, gb_s in roofs.items())
-    heading = [
-        *describe(facts),
-        ("memory", f"read at {read}"),
-        ("others", describe_load(facts["other_load_cpus"])),
-    ]
-    table = [
-        (
-            "m x k",
-            "bits",
-            "tables",
-            "threads",
-            "isa",
-            "from",
-            "us (lowest-highest)",
-            "GB/s",
-            "of read",
-        )
-    ]
-    for row in rows:
-        microseconds = Spread(*(value * 1e6 for value in asdict(row.seconds).values()))
-        table.append(
-            (
-                f"{row.m}x{row.k}",
-                str(row.bits),
-                row.tables,
-                str(row.threads),
-                row.isa,
-                row.source,
-                str(microseconds),
-                f"{row.gb_s:.1f}",
-                "" if row.share is None else f"{row.share:.0%}",
+        loaded = [self._load(peer, cases, nbytes) for peer in self._peers]
+        for case in cases:
+            contestants: list[tuple[Contestant, bool]] = []
+            for of_peer in loaded:
+                contestants += of_peer[case]
+            # From a cache there is no roof that was measured.
+            roofs = self.results.roofs if source == "memory" else None
+            entries = alternate(
+                kernels,
+                contestants,
+                work=case.work,
+                n=case.n,
+                threads=case.threads,
+                roofs=roofs,
+                settings=self._settings,
             )
-        )
-    return "\n\n".join(
-        (format_table(heading, indent=""), format_table(table, right="lrlrllrrr", indent=""))
-    )
+            yield rows_of(case, entries)
+        for peer in self._peers:
+            peer.unload()
+
+    def _load(
+        self, peer: Peer, cases: list[Case], nbytes: int
+    ) -> dict[Case, list[tuple[Contestant, bool]]]:
+        """The peer's best kernels of each case."""
+        tokens = sorted({case.n for case in cases})
+        matrix, encoding, source = cases[0].matrix, cases[0].encoding, cases[0].source
+        key = (peer.name, encoding, source, matrix.k)
+        if key not in self._quick:
+            self._quick[key] = quick_test(
+                peer,
+                encoding,
+                m=matrix.m,
+                k=matrix.k,
+                nbytes=nbytes and (last_level_cache_bytes() or nbytes),
+                threads=self._args.threads,
+                tokens=tokens,
+            )
+            self.results.quick += self._quick[key]
+        best = {case: qualified(self._quick[key], threads=case.threads, n=case.n) for case in cases}
+        kernels = {
+            variant: peer.load(variant, m=matrix.m, k=matrix.k, nbytes=nbytes, check_n=[1])
+            for variant in dict.fromkeys(variant for found in best.values() for variant in found)
+        }
+        return {
+            case: [
+                (kernel, same)
+                for variant, same in best[case].items()
+                if (kernel := kernels[variant]) is not None
+            ]
+            for case in cases
+        }
 
 
-def as_json(facts: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """The report as one object; times in seconds."""
+def _cache_matrix(encoding: str) -> Matrix:
+    """A matrix whose codes fill half of the L2 cache: a power of two of rows."""
+    codes = (cache_bytes(2) or L2_BYTES) * CACHE_SHARE * 8 / code_bits(encoding)
+    rows = int(codes / CACHE_COLUMNS)
+    return Matrix("cache", 1 << max(5, rows.bit_length() - 1), CACHE_COLUMNS)
+
+
+def as_json(facts: dict[str, Any], results: Results) -> dict[str, Any]:
+    """The report with all samples."""
     return {
         "machine": facts,
-        "rows": [{**asdict(row), "gb_s": row.gb_s, "share_of_read": row.share} for row in rows],
+        "roofs": results.roofs.as_json(),
+        "rows": [row_as_json(row) for row in results.rows],
+        "totals": [total_as_json(total) for total in totals(results.rows)],
+        "quick_tests": [asdict(test) for test in results.quick],
+        "table_build": [asdict(build) for build in results.builds],
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.roofline and "memory" not in args.sources:
+        parser.error("--roofline shows weights from memory: add memory to --from")
+    facts, before, load = machine_facts(), _core.active_isa(), OtherLoad()
+    peers: list[Peer] = []
+    try:
+        if args.roofline:
+            need_matplotlib()
+        peers += [Peer(name, python) for name, python in args.peer]
+        benchmark = Benchmark(args, peers)
+        benchmark.run()
+    except (MatplotlibMissing, PeerError) as error:
+        parser.exit(2, f"error: {error}\n")
+    finally:
+        _core.use_isa(before)
+        for peer in peers:
+            peer.close()
+    facts["peers"] = {peer.name: peer.facts for peer in peers}
+    facts["notes"] = [note for peer in peers for note in dict.fromkeys(peer.notes)]
+    facts["other_load_cpus"] = load.cpus()
+    results = benchmark.results
+    sums = totals(results.rows)
+    print(report(facts, results.rows, sums, results.builds, results.roofs))
+    if args.json:
+        args.json.write_text(json.dumps(as_json(facts, results), indent=2) + "\n")
+    if args.roofline:
+        draw(args.roofline, sums, results.roofs, title=f"{args.shapes.text} on {facts['cpu']}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The argument, and the matrices it stands for."""
+
+    text: str
+    matrices: list[Matrix]
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add(
         "--shapes",
         type=_shapes,
         default="4096x4096",
-        metavar="MxK,...",
-        help="(default %(default)s)",
+        metavar="SHAPES",
+        help=f"MxK, a file, or one of {', '.join(model_names())}; or several, with commas "
+        "(default %(default)s)",
     )
     add("--bits", type=_bits, default="1,2,3,4,8", help="(default %(default)s)")
     add("--group-size", type=positive, default=128, help="weights per scale (default 128)")
-    add("--tables", type=_tables, default="int8", help="int8, exact or both (default int8)")
+    add("--tables", type=_tables, default="int8", help=f"of {', '.join(TABLES)} (default int8)")
     add("-t", "--threads", type=positive_list, default=default_thread_counts(), metavar="1,2")
+    add(
+        "-n",
+        "--tokens",
+        type=positive_list,
+        default="1,4,512",
+        metavar="1,4,512",
+        help="vectors that are multiplied at once (default %(default)s)",
+    )
     add("--isa", type=_isas, default=_core.active_isa(), help="names or all (default: the best)")
-    add("--calls", type=positive, default=100, help="calls a row is the median of (default 100)")
-    add("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args(arguments)
-    facts, before, load = machine_facts(), _core.active_isa(), OtherLoad()
+    add(
+        "--from",
+        dest="sources",
+        type=_sources,
+        default="cache,memory",
+        help="where the weights are (default %(default)s)",
+    )
+    add(
+        "--peer",
+        type=_peer,
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help="compare with the ggml that this interpreter's environment has; may be repeated",
+    )
+    add("--rounds", type=positive, default=5, help="in which each has its turns (default 5)")
+    add("--window-ms", type=positive, default=20, help="length of a turn (default 20)")
+    add("--json", type=Path, metavar="FILE", help="write the report with all samples here as well")
+    add("--roofline", type=Path, metavar="FILE.png", help="draw a picture (needs matplotlib)")
+    return parser
+
+
+def _shapes(text: str) -> Shapes:
     try:
-        rows = list(measure(args))
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
-    finally:
-        _core.use_isa(before)
-    facts["other_load_cpus"] = load.cpus()
-    print(json.dumps(as_json(facts, rows), indent=2) if args.json else report(facts, rows))
-    return 0
+        return Shapes(text, parse(text))
+    except ShapeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _shapes(text: str) -> list[Shape]:
-    shapes = []
-    for part in text.split(","):
-        m, _, k = part.partition("x")
-        shapes.append((positive(m), positive(k)))
-    return shapes
-
-
-def _bits(text: str) -> list[int]:
-    values = positive_list(text)
-    if max(values) > 8:
-        raise argparse.ArgumentTypeError(f"bits are 1 to 8, not {max(values)}")
-    return values
+def _bits(text: str) -> list[str]:
+    return _known(text, ENCODINGS)
 
 
 def _tables(text: str) -> list[Tables]:
-    tables: list[Tables] = []
-    for part in text.split(","):
-        if part not in ("int8", "exact"):
-            raise argparse.ArgumentTypeError(f"{part!r} is not int8 or exact")
-        tables.append("int8" if part == "int8" else "exact")
-    return tables
+    return [name for name in TABLES if name in _known(text, TABLES)]
+
+
+def _sources(text: str) -> list[Source]:
+    return [name for name in SOURCES if name in _known(text, SOURCES)]
 
 
 def _isas(text: str) -> list[str]:
     usable = [isa["name"] for isa in _core.isas() if isa["usable"]]
-    names = usable if text == "all" else text.split(",")
-    if wrong := [name for name in names if name not in usable]:
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not one of {', '.join(usable)}")
-    return names
+    return usable if text == "all" else _known(text, usable)
+
+
+def _known(text: str, names: Sequence[str]) -> list[str]:
+    parts = list(dict.fromkeys(text.split(",")))
+    if wrong := [part for part in parts if part not in names]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not one of {', '.join(names)}")
+    return parts
+
+
+def _peer(text: str) -> tuple[str, str]:
+    name, _, python = text.partition("=")
+    if not name or not python or name == OURS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PYTHON")
+    return name, python
 
 
 if __name__ == "__main__":

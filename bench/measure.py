@@ -124,6 +124,20 @@ def last_level_cache_bytes(caches: Path = _SYSFS_CACHES) -> int | None:
     return max(sizes, default=None)
 
 
+def cache_bytes(level: int, caches: Path = _SYSFS_CACHES) -> int | None:
+    """Size of the first CPU's cache of a level (data or both); None where unknown."""
+    for index in sorted(caches.glob("index*")):
+        try:
+            is_level = (index / "level").read_text().strip() == str(level)
+            is_data = (index / "type").read_text().strip() != "Instruction"
+            size = re.fullmatch(r"(\d+)([KMG]?)", (index / "size").read_text().strip())
+        except OSError:
+            continue
+        if is_level and is_data and size:
+            return int(size[1]) * _UNIT_BYTES[size[2]]
+    return None
+
+
 def memory_buffer_bytes() -> int:
     """Four times the last-level cache, at least 256 MiB, at most a quarter of the free memory."""
     _, available = memory_bytes()

@@ -1,45 +1,50 @@
-"""pytest-benchmark cases of the kernels on the active ISA, to compare two commits.
+"""pytest-benchmark cases of the kernels, to compare two commits.
 
     pytest bench --benchmark-only --benchmark-save=before
     pytest bench --benchmark-only --benchmark-compare
 
 (--benchmark-only overrides the --benchmark-skip of pyproject.toml; without it everything here is
-skipped.) A round is a table build and a product with one vector, on one thread, in cache.
+skipped.) A round is a product with n vectors and what it needs before, on one thread; the weights
+come from the cache.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from contestants import Tables
+from packed_copies import ENCODINGS, packed_matrix
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from tmac_py import LutLinear, QuantTensor, _core
+from tmac_py import _core
 
-SHAPE = (4096, 4096)
 GROUP_SIZE = 128
+ISAS = [isa["name"] for isa in _core.isas() if isa["usable"]]
+ROWS = {1: 4096, 4: 4096, 512: 1024}  # of the matrix, by n
+COLUMNS = 4096
 
 
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _core.active_isa()
+    name: str = request.param
+    _core.use_isa(name)
+    yield name
+    _core.use_isa(before)
+
+
+@pytest.mark.parametrize("n", ROWS)
 @pytest.mark.parametrize("tables", ["int8", "exact"])
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_matrix_times_vector(
-    benchmark: BenchmarkFixture, bits: int, tables: Literal["int8", "exact"]
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_matrix_times_vectors(
+    benchmark: BenchmarkFixture, encoding: str, tables: Tables, n: int, isa: str
 ) -> None:
-    m, k = SHAPE
-    rng = np.random.default_rng(0)
-    weights = QuantTensor(
-        codes=rng.integers(1 << bits, size=SHAPE, dtype=np.uint8),
-        scales=np.full((m, k // GROUP_SIZE), 0.01, dtype=np.float16),
-        offsets=None,
-        bits=bits,
-        group_size=GROUP_SIZE,
-        offset_kind="none",
-        zero=2.0 ** (bits - 1),
-    )
-    linear = LutLinear(weights, threads=1, tables=tables)
-    x = rng.standard_normal(k, dtype=np.float32)
-    benchmark.extra_info["isa"] = _core.active_isa()
-    benchmark.extra_info["packed_bytes"] = linear.nbytes
-    y = benchmark(linear.forward, x)
-    assert y.shape == (m,)
+    matrix = packed_matrix(encoding, ROWS[n], COLUMNS, group_size=GROUP_SIZE)
+    linear, pool = matrix.linear(matrix.data), _core.ThreadPool(1)
+    x = np.random.default_rng(1).standard_normal((n, COLUMNS), dtype=np.float32)
+    benchmark.extra_info["isa"] = isa
+    benchmark.extra_info["packed_bytes"] = matrix.data.nbytes
+    y = benchmark(_core.linear_forward, linear, x, pool, tables=tables)
+    assert y.shape == (n, ROWS[n])

@@ -1,0 +1,85 @@
+"""How weights are stored: random matrices of each encoding, packed for the core.
+
+This is the only place that knows which encodings the core has. A new one needs a name in
+``ENCODINGS`` and a branch in :func:`code_bits` and :func:`packed_matrix`; what competes with it is
+in peer_types.py.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tmac_py import _core
+
+ENCODINGS = tuple(str(bits) for bits in range(1, 9))
+_ALIGNMENT = 64
+_DISTINCT_ROWS = 1024  # random; the others repeat them, the time does not depend on it
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """Packed bytes, and how to make a matrix of the core of such bytes."""
+
+    data: NDArray[np.uint8]
+    linear: Callable[[NDArray[np.uint8]], _core.Linear]
+
+
+def code_bits(encoding: str) -> float:
+    """Bits of a weight without scales."""
+    return int(encoding)
+
+
+def packed_matrix(encoding: str, m: int, k: int, *, group_size: int) -> PackedMatrix:
+    """A random matrix [m, k] in one of ``ENCODINGS``."""
+    bits = int(encoding)
+    group_size = min(group_size, k)
+    rng = np.random.default_rng(0)
+    rows = min(m, _DISTINCT_ROWS)
+    codes = rng.integers(1 << bits, size=(rows, k), dtype=np.uint8)
+    data = _core.pack(
+        np.resize(codes, (m, k)),
+        np.full((m, -(-k // group_size)), 0.01, dtype=np.float16),
+        bits=bits,
+        group_size=group_size,
+        offset_kind="none",
+    )
+
+    def linear(packed: NDArray[np.uint8]) -> _core.Linear:
+        return _core.Linear(
+            packed,
+            m=m,
+            k=k,
+            bits=bits,
+            group_size=group_size,
+            offset_kind="none",
+            zero=2.0 ** (bits - 1),
+        )
+
+    return PackedMatrix(data, linear)
+
+
+class Copies:
+    """Copies of one matrix that together have at least ``nbytes``, in one buffer."""
+
+    def __init__(self, matrix: PackedMatrix, *, nbytes: int) -> None:
+        self.nbytes = matrix.data.nbytes
+        stride = -(-self.nbytes // _ALIGNMENT) * _ALIGNMENT
+        count = max(1, -(-nbytes // stride))
+        # Pages of ordinary size, aligned like the packed matrices of a mapped .lut file.
+        buffer = np.frombuffer(mmap.mmap(-1, count * stride), dtype=np.uint8)
+        self._linears = []
+        for start in range(0, count * stride, stride):
+            copy = buffer[start : start + self.nbytes]
+            copy[:] = matrix.data
+            self._linears.append(matrix.linear(copy))
+        self._turn = 0
+
+    def pick(self) -> _core.Linear:
+        """The copy that was used longest ago."""
+        self._turn = (self._turn + 1) % len(self._linears)
+        return self._linears[self._turn]
