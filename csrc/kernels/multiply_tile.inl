@@ -4,6 +4,13 @@
 // With beta = +-1 for a set or clear bit, a code is u = (2^b - 1)/2 + sum_p 2^(p-1) beta_p, so
 //   sum_k u x = (2^b - 1)/2 * sum_k x  +  1/2 * sum_p 2^p * (signed sums of x, looked up).
 
+// Everything is inlined where speed counts; elsewhere that only costs time to compile.
+#if defined(TMAC_NO_FLATTEN) || defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define TMAC_FLATTEN
+#else
+#define TMAC_FLATTEN __attribute__((flatten))
+#endif
+
 // body(0), body(1), ..., body(kCount - 1), written out, each number known to the compiler.
 template <int kCount, int kAt = 0, typename Body>
 inline void repeat(const Body& body) {
@@ -148,8 +155,8 @@ struct TileProduct {
   }
 
   // y [kTokens, 32], rows `stride` apart.
-  __attribute__((flatten)) void run(const LinearSpec& spec, const uint8_t* tile, float* y,
-                                    int64_t stride) const {
+  TMAC_FLATTEN void run(const LinearSpec& spec, const uint8_t* tile, float* y,
+                        int64_t stride) const {
     constexpr float kHalf = ((1 << kBits) - 1) * 0.5f;
     const int64_t n_groups = spec.n_groups();
     const int64_t full_chunks = spec.group_chunks();
