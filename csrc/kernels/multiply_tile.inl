@@ -227,7 +227,7 @@ struct TileProduct {
       at += spec.scale_bytes();
     }
     for (int t = 0; t < kTokens; ++t) {
-      const F unit = S::set(luts[t].token_unit);
+      const F unit = S::set(luts[t].token_unit[0]);
       for (int i = 0; i < kVectors; ++i) {
         S::store_f(y + t * stride + i * S::kFloats, S::mul(acc[t][i], unit));
       }

@@ -22,9 +22,8 @@ constexpr int kMultiplierWords = 16;  // that belong to half a region
 // units follow its own largest entry and not the region's.
 enum class Tables : uint8_t {
   // int8 entries: round(signed sum / step), |entry| <= 127. The largest entries of a region's
-  // tables
-  // add up to at most kLimitSum * 127 units, each half a step more by rounding, so that its sums of
-  // two weighed planes fit int16: 3 * (85 * 127 + 101 / 2) < 32767.
+  // tables add up to at most kLimitSum * 127 units, each half a step more by rounding, so that its
+  // sums of two weighed planes fit int16: 3 * (85 * 127 + 101 / 2) < 32767.
   kInt8,
   // Activations rounded to 14 bits (|x| <= 8128 steps), their signed sums kept exactly in two int8
   // tables, low then high: sum = 255 * high + low. Base 255 makes both symmetric:
@@ -54,10 +53,10 @@ struct LutView {
   // [halves][kMultiplierWords] the tables' multipliers times the weights of bit planes, arranged as
   // the active instruction set multiplies with them.
   uint32_t* multipliers;
-  float* half_unit;   // half the unit of the sums: u = (2^b - 1)/2 + sum 2^(p-1) beta_p
-  float* chunk_sum;   // [chunks] sum of x
-  float* region_sum;  // sum of x
-  float token_unit;   // factor of the product: the activations' unit where they have only one
+  float* half_unit;         // half the unit of the sums: u = (2^b - 1)/2 + sum 2^(p-1) beta_p
+  float* chunk_sum;         // [chunks] sum of x
+  float* region_sum;        // sum of x
+  const float* token_unit;  // factor of the product: the activations' unit where they have only one
 
   LutView from_region(int64_t region, int parts) const {
     return {entries + region * kRegionTables * parts * kTableEntries,

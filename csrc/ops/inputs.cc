@@ -16,7 +16,7 @@ Luts::Luts(Tables tables, int64_t max_regions, int64_t max_tokens)
 
 LutView Luts::view(int64_t token, int64_t first_region) {
   const LutView all{entries_.data(),   multipliers_.data(), half_unit_.data(),
-                    chunk_sum_.data(), region_sum_.data(),  token_unit(token)};
+                    chunk_sum_.data(), region_sum_.data(),  &token_unit(token)};
   return all.from_region(token * max_regions_ + first_region, parts_);
 }
 
