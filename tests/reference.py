@@ -127,7 +127,10 @@ def largest_multipliers(limits: NDArray[np.float32], kind: str) -> NDArray[np.fl
         most = EXACT_MULTIPLIER if kind == "exact" else 1
         return np.full(len(limits), most, np.float32)
     halves = limits.reshape(-1, 2, TABLES // 4, 2).swapaxes(2, 3)  # low nibbles' tables come first
-    sums = np.cumsum(halves.reshape(-1, TABLES), axis=1, dtype=np.float32)[:, -1]
+    sums = halves.reshape(-1, 2, TABLES // 2)
+    while sums.shape[2] > 1:
+        sums = sums[..., : sums.shape[2] // 2] + sums[..., sums.shape[2] // 2 :]
+    sums = sums[:, 0, 0] + sums[:, 1, 0]
     fits = np.float32(LIMIT_SUM) * (limits.max(1) / sums)
     return np.clip(np.floor(fits), LIMIT_SUM // TABLES, MAX_MULTIPLIER).astype(np.float32)
 

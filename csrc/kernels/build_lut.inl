@@ -10,6 +10,25 @@ struct HalfRegion {
   alignas(64) TableRow poison;                // NaN where an x is infinite or NaN
 };
 
+// One vector of a row of tables: the second half of the row on top of the first where a vector has
+// no room for both. Its lanes are put together by halving too: all instruction sets do the same.
+template <typename N, typename Combine>
+inline typename N::F fold_row(const TableRow& row, const Combine& combine) {
+  static_assert(N::kFloats == kHalfTables || 2 * N::kFloats == kHalfTables);
+  if constexpr (N::kFloats == kHalfTables) return N::load_f(row);
+  return combine(N::load_f(row), N::load_f(row + kHalfTables / 2));
+}
+
+template <typename N>
+inline float sum_of_row(const TableRow& row) {
+  return N::sum(fold_row<N>(row, [](auto a, auto b) { return N::add(a, b); }));
+}
+
+template <typename N>
+inline float largest_of_row(const TableRow& row) {
+  return N::largest(fold_row<N>(row, [](auto a, auto b) { return N::max(a, b); }));
+}
+
 template <typename N>
 inline void measure_half(bool exact, HalfRegion& half) {
   using F = typename N::F;
@@ -108,12 +127,8 @@ inline void sum_tables(const HalfRegion& half, TableRow& sums) {
 
 // The largest multiplier M with which the largest entries add up to at most kLimitSum * 127 units:
 // M * (sum of all limits / the largest) <= kLimitSum. All 16 alike leave 5.
-inline int largest_multiplier(const HalfRegion* halves, float limit) {
+inline int largest_multiplier(float limit, float sum) {
   constexpr int kLeast = kLimitSum / kRegionTables;
-  float sum = 0;
-  for (int h = 0; h < kRegionHalves; ++h) {
-    for (const float of_table : halves[h].limit) sum += of_table;
-  }
   const float fits = static_cast<float>(kLimitSum) * (limit / sum);
   if (!(fits > kLeast)) return kLeast;
   return fits < kMaxMultiplier ? static_cast<int>(fits) : kMaxMultiplier;
@@ -126,16 +141,17 @@ void build_region(const float* x, Tables tables, float to_token_units, const Lut
   const bool exact = tables != Tables::kInt8;
 
   HalfRegion halves[kRegionHalves];
-  float limit = 0, poison = 0;
-  for (int h = 0; h < kRegionHalves; ++h) {
-    N::deal_to_tables(x + h * kHalfChunks * kChunkWeights, halves[h].lanes);
-    measure_half<N>(exact, halves[h]);
-    for (int t = 0; t < kHalfTables; ++t) {
-      limit = halves[h].limit[t] > limit ? halves[h].limit[t] : limit;
-      poison += halves[h].poison[t];
-    }
+  float limit = 0, limit_sum = 0, poison = 0;
+  for (HalfRegion& half : halves) {
+    N::deal_to_tables(x, half.lanes);
+    x += kHalfChunks * kChunkWeights;
+    measure_half<N>(exact, half);
+    const float largest = largest_of_row<N>(half.limit);
+    limit = largest > limit ? largest : limit;
+    limit_sum += sum_of_row<N>(half.limit);
+    poison += sum_of_row<N>(half.poison);
   }
-  const int most = tables == Tables::kInt8    ? largest_multiplier(halves, limit)
+  const int most = tables == Tables::kInt8    ? largest_multiplier(limit, limit_sum)
                    : tables == Tables::kExact ? kExactMultiplier
                                               : 1;
   Scale scale = choose_scale(limit, poison, most * (exact ? kExactMax : kInt8Max));
@@ -176,10 +192,9 @@ void build_region(const float* x, Tables tables, float to_token_units, const Lut
     }
     S::write_multipliers(multipliers, lut.multipliers + h * kMultiplierWords);
     for (int c = 0; c < kHalfChunks; ++c) {
-      const float sum = sums[c] + sums[kHalfChunks + c];
-      lut.chunk_sum[h * kHalfChunks + c] = sum * sum_unit;
-      region_sum += sum;
+      lut.chunk_sum[h * kHalfChunks + c] = (sums[c] + sums[kHalfChunks + c]) * sum_unit;
     }
+    region_sum += sum_of_row<N>(sums);
   }
   lut.region_sum[0] = region_sum * sum_unit;
 }

@@ -20,19 +20,24 @@ inline void repeat(const Body& body) {
   }
 }
 
-// Sums of the lookups within a region, for one token: all planes and all rows of the tile.
-template <typename S, int kBits>
+// Sums of the lookups within a region, for one of kTokens tokens: all planes and all rows of the
+// tile.
+template <typename S, int kBits, int kTokens>
 struct PlaneSums {
+  template <typename Set>
+  using SetOf = std::conditional_t<kTokens == 1, Set, typename Set::Several>;
+  using Quad = SetOf<typename S::Quad>;
+  using Pair = SetOf<typename S::Pair>;
+  using Single = SetOf<typename S::Single>;
   static constexpr int kQuads = kBits / 4;
   static constexpr bool kPair = kBits % 4 >= 2;
   static constexpr bool kSingle = kBits % 2 == 1;
-  static constexpr int kAccumulators = kQuads * S::Quad::kAccumulators +
-                                       kPair * S::Pair::kAccumulators +
-                                       kSingle * S::Single::kAccumulators;
+  static constexpr int kAccumulators =
+      kQuads * Quad::kAccumulators + kPair * Pair::kAccumulators + kSingle * Single::kAccumulators;
 
-  typename S::Quad quads[kQuads > 0 ? kQuads : 1];
-  typename S::Pair pair;
-  typename S::Single single;
+  Quad quads[kQuads > 0 ? kQuads : 1];
+  Pair pair;
+  Single single;
 
   // The i-th vector of rows; weighs the sets by 2^(first plane). int8 tables: |row| <=
   // (85 * 127 + 51) * (2^8 - 1) < 2^22; exact tables: each part <= 16 * 4 * 127 * (2^8 - 1), and so
@@ -54,7 +59,7 @@ constexpr int64_t kPrefetchBytes = 8192;
 // As many tokens as have their accumulators in registers.
 template <typename S, int kBits, int kParts>
 constexpr int tokens_together() {
-  constexpr int kFit = S::kAccumulators / (PlaneSums<S, kBits>::kAccumulators * kParts);
+  constexpr int kFit = S::kAccumulators / (PlaneSums<S, kBits, 2>::kAccumulators * kParts);
   return kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
 }
 
@@ -62,7 +67,7 @@ template <typename S, int kBits, int kParts, int kTokens>
 struct TileProduct {
   using F = typename S::F;
   using I = typename S::I;
-  using Sums = PlaneSums<S, kBits>;
+  using Sums = PlaneSums<S, kBits, kTokens>;
   static constexpr int kVectors = kTileRows / S::kFloats;
   static constexpr int64_t kChunkBytes = kTileRows * kBits;
 
@@ -182,7 +187,7 @@ struct TileProduct {
         I rows[kTokens][kVectors];
         if (chunk % kHalfChunks == 0 && end % kHalfChunks == 0) {
           add_halves(at, chunk, end, rows);
-        } else {
+        } else [[unlikely]] {
           using OneToken = TileProduct<S, kBits, kParts, 1>;
           for (int t = 0; t < kTokens; ++t) {
             I one[1][kVectors];
@@ -235,17 +240,17 @@ struct TileProduct {
   }
 };
 
-template <typename S, int kBits, int kParts>
+template <typename S, int kBits, int kParts, int kTokens = tokens_together<S, kBits, kParts>()>
 void multiply_tile(const LinearSpec& spec, const uint8_t* tile, const LutView* luts, int64_t n,
                    float* y, int64_t stride) {
-  constexpr int kTokens = tokens_together<S, kBits, kParts>();
   int64_t t = 0;
   for (; t + kTokens <= n; t += kTokens) {
     TileProduct<S, kBits, kParts, kTokens>{luts + t}.run(spec, tile, y + t * stride, stride);
   }
   if constexpr (kTokens > 1) {
-    for (; t < n; ++t) {
-      TileProduct<S, kBits, kParts, 1>{luts + t}.run(spec, tile, y + t * stride, stride);
+    if (t < n) {
+      multiply_tile<S, kBits, kParts, kTokens / 2>(spec, tile, luts + t, n - t, y + t * stride,
+                                                   stride);
     }
   }
 }

@@ -128,10 +128,8 @@ float max_abs(const float* x, int64_t n) {
         largest = S::max(largest, S::max(value, S::sub(S::set(0), value)));
       },
       [&](int64_t i) { rest = __builtin_fabsf(x[i]) > rest ? __builtin_fabsf(x[i]) : rest; });
-  float lanes[S::kFloats];
-  S::store_f(lanes, largest);
-  for (const float lane : lanes) rest = lane > rest ? lane : rest;
-  return rest;
+  const float of_vectors = S::largest(largest);
+  return of_vectors > rest ? of_vectors : rest;
 }
 
 template <typename S>

@@ -66,6 +66,7 @@ struct Avx2 {
   }
   // 8 rows x 4 planes a vector.
   struct Quad : Planes {
+    using Several = Quad;
     static constexpr int kVectors = 4, kAccumulators = 4;
     I acc[4] = {zero_i(), zero_i(), zero_i(), zero_i()};
     template <int kTaken>
@@ -77,6 +78,7 @@ struct Avx2 {
   };
   // 16 rows x 2 planes a vector: the two tables of a row side by side make a dot product of four.
   struct Pair : Planes {
+    using Several = Pair;
     static constexpr int kVectors = 2, kAccumulators = 4;
     I acc[4] = {zero_i(), zero_i(), zero_i(), zero_i()};  // rows 0-3 8-11, 4-7 12-15, ...
     template <int kTaken>
@@ -96,6 +98,7 @@ struct Avx2 {
   // 8 rows x 4 planes a vector, as two pairs: a lane takes m (p0 + 2 p1), which int16 holds for the
   // tables of a region (layout/lut.h).
   struct Quad : Planes {
+    using Several = Quad;
     static constexpr int kVectors = 4, kAccumulators = 4;
     I acc[4] = {zero_i(), zero_i(), zero_i(), zero_i()};
     template <int kTaken>
@@ -107,6 +110,7 @@ struct Avx2 {
   };
   // 16 rows x 2 planes a vector, with the same bound.
   struct Pair : Planes {
+    using Several = Pair;
     static constexpr int kVectors = 2, kAccumulators = 2;
     I acc[2] = {zero_i(), zero_i()};
     template <int kTaken>
@@ -119,6 +123,7 @@ struct Avx2 {
 #endif
   // 32 rows x 1 plane a vector, both tables of a chunk at once.
   struct Single : Planes {
+    using Several = Single;
     static constexpr int kVectors = 1, kAccumulators = 2;
     I acc[2] = {zero_i(), zero_i()};  // rows 0-7 16-23, 8-15 24-31
     template <int kTaken>
@@ -190,6 +195,11 @@ struct Avx2 {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+  static float largest(F a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
   }
 
   static void prefetch(const uint8_t* p) {

@@ -59,14 +59,19 @@ struct Avx512 {
   }
 #ifdef __AVX512VNNI__
   static I dot(I acc, B weights, B sums) { return _mm512_dpbusd_epi32(acc, weights, sums); }
-  // int32 sums of 32 rows. Low and high tables have accumulators of their own: a dot product takes
-  // longer to come out than the next one takes to go in.
+  // int32 sums of 32 rows. A dot product takes longer to come out than the next one takes to go in:
+  // one token alone needs two chains of them, low and high tables apart.
+  template <int kChains>
   struct Dots {
-    static constexpr int kAccumulators = 4;
-    I low[2] = {zero_i(), zero_i()}, high[2] = {zero_i(), zero_i()};
-    void add_low(int v, B weights, B sums) { low[v] = dot(low[v], weights, sums); }
-    void add_high(int v, B weights, B sums) { high[v] = dot(high[v], weights, sums); }
-    I rows(int v) const { return _mm512_add_epi32(low[v], high[v]); }
+    static constexpr int kAccumulators = 2 * kChains;
+    I acc[kChains][2] = {};
+    void add_low(int v, B weights, B sums) { acc[0][v] = dot(acc[0][v], weights, sums); }
+    void add_high(int v, B weights, B sums) {
+      acc[kChains - 1][v] = dot(acc[kChains - 1][v], weights, sums);
+    }
+    I rows(int v) const {
+      return kChains == 1 ? acc[0][v] : _mm512_add_epi32(acc[0][v], acc[kChains - 1][v]);
+    }
     // Where vector 0 holds rows 0-3 8-11 16-19 24-27, and vector 1 those between them.
     I interleaved_rows(int i) const {
       const I order = i == 0 ? _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11)
@@ -75,21 +80,25 @@ struct Avx512 {
     }
   };
   // 16 rows x 4 planes a vector.
-  struct Quad : Planes, Dots {
+  template <int kChains>
+  struct QuadDots : Planes, Dots<kChains> {
+    using Several = QuadDots<1>;
     static constexpr int kVectors = 2;
     template <int kTaken>
     void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
-      add_low(v, weights(multipliers, c), low_sums(index, entries, c));
-      add_high(v, weights(multipliers, 4 + c), high_sums(index, entries, c));
+      this->add_low(v, weights(multipliers, c), Planes::low_sums(index, entries, c));
+      this->add_high(v, weights(multipliers, 4 + c), Planes::high_sums(index, entries, c));
     }
-    I sum(int i) const { return rows(i); }
+    I sum(int i) const { return this->rows(i); }
   };
+  using Quad = QuadDots<2>;
 #else
   static I add_pairs(I acc, B weights, B sums) {
     return _mm512_add_epi16(acc, _mm512_maddubs_epi16(weights, sums));
   }
   // 16 rows x 4 planes a vector, as two pairs; bounds as for AVX2.
   struct Quad : Planes {
+    using Several = Quad;
     static constexpr int kVectors = 2, kAccumulators = 2;
     I acc[2] = {zero_i(), zero_i()};
     template <int kTaken>
@@ -102,7 +111,9 @@ struct Avx512 {
 #endif
 #ifdef __AVX512VBMI__
   // Two chunks at a time: a dot product takes two planes of both, each from a table of its own.
-  struct Pair : Dots {
+  template <int kChains>
+  struct PairDots : Dots<kChains> {
+    using Several = PairDots<1>;
     static constexpr int kChunks = 2, kVectors = 2;
     template <int kTaken>
     static Index load(const uint8_t* codes, int64_t stride, int v, int) {
@@ -116,15 +127,18 @@ struct Avx512 {
     void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
       const int unit = c / 2;
       const uint32_t taken = kTaken == 2 ? ~0u : c % 2 == 0 ? 0x0000ffffu : 0xffff0000u;
-      add_low(v, masked(multipliers[8 + unit], taken),
-              _mm512_permutexvar_epi8(index.low, two_tables(entries + 32 * unit)));
-      add_high(v, masked(multipliers[10 + unit], taken),
-               _mm512_permutexvar_epi8(index.high, two_tables(entries + 64 + 32 * unit)));
+      this->add_low(v, masked(multipliers[8 + unit], taken),
+                    _mm512_permutexvar_epi8(index.low, two_tables(entries + 32 * unit)));
+      this->add_high(v, masked(multipliers[10 + unit], taken),
+                     _mm512_permutexvar_epi8(index.high, two_tables(entries + 64 + 32 * unit)));
     }
-    I sum(int i) const { return interleaved_rows(i); }
+    I sum(int i) const { return this->interleaved_rows(i); }
   };
+  using Pair = PairDots<2>;
   // Four chunks at a time, likewise.
-  struct Single : Dots {
+  template <int kChains>
+  struct SingleDots : Dots<kChains> {
+    using Several = SingleDots<1>;
     static constexpr int kChunks = 4, kVectors = 2;
     template <int kTaken>
     static Index load(const uint8_t* codes, int64_t stride, int v, int first) {
@@ -139,12 +153,12 @@ struct Avx512 {
     template <int kTaken>
     void add(int v, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
       const uint32_t taken = kTaken == 4 ? ~0u : (kTaken == 2 ? 0xffffu : 0xffu) << (8 * c);
-      add_low(v, masked(multipliers[12], taken),
-              _mm512_permutexvar_epi8(index.low, _mm512_loadu_si512(entries)));
-      add_high(v, masked(multipliers[13], taken),
-               _mm512_permutexvar_epi8(index.high, _mm512_loadu_si512(entries + 64)));
+      this->add_low(v, masked(multipliers[12], taken),
+                    _mm512_permutexvar_epi8(index.low, _mm512_loadu_si512(entries)));
+      this->add_high(v, masked(multipliers[13], taken),
+                     _mm512_permutexvar_epi8(index.high, _mm512_loadu_si512(entries + 64)));
     }
-    I sum(int i) const { return rows(i); }
+    I sum(int i) const { return this->rows(i); }
 
    private:
     // The bytes of a row in two chunks side by side, rows in the order that unpacking restores.
@@ -160,6 +174,7 @@ struct Avx512 {
       return _mm512_permutexvar_epi8(_mm512_load_si512(kOrder), both);
     }
   };
+  using Single = SingleDots<2>;
   // Which of up to four tables side by side a byte looks up (`tables`), and which entry.
   static Index table_indices(B b, B tables) {
     constexpr int kAndOr = 0xEA;  // (a & b) | c
@@ -176,7 +191,8 @@ struct Avx512 {
 #else
 #ifdef __AVX512VNNI__
   // 32 rows x 2 planes a vector: the two tables of a row side by side make a dot product of four.
-  struct Pair : Planes, Dots {
+  struct Pair : Planes, Dots<2> {
+    using Several = Pair;
     static constexpr int kVectors = 1;
     template <int kTaken>
     void add(int, const Index& index, const int8_t* entries, const uint32_t* multipliers, int c) {
@@ -197,6 +213,7 @@ struct Avx512 {
 #else
   // 32 rows x 2 planes a vector.
   struct Pair : Planes {
+    using Several = Pair;
     static constexpr int kVectors = 1, kAccumulators = 1;
     I acc = zero_i();
     template <int kTaken>
@@ -212,6 +229,7 @@ struct Avx512 {
 #endif
   // A tile's 32 rows x 1 plane are half a vector.
   struct Single : Avx2::Single {
+    using Several = Single;
     I sum(int i) const {
       const auto rows = [i](__m256i a) {
         return i == 0 ? _mm256_castsi256_si128(a) : _mm256_extracti128_si256(a, 1);
@@ -270,6 +288,9 @@ struct Avx512 {
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static float sum(F a) {
     return Avx2::sum(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
+  }
+  static float largest(F a) {
+    return Avx2::largest(_mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
   }
 
   static void prefetch(const uint8_t* p) { Avx2::prefetch(p); }

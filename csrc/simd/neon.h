@@ -66,6 +66,7 @@ struct Neon {
   };
   // 4 rows x 4 planes a vector.
   struct Quad : Planes {
+    using Several = Quad;
 #ifdef __ARM_FEATURE_DOTPROD
     static constexpr int kVectors = 8, kAccumulators = 8;
     I acc[8] = {zero_i(), zero_i(), zero_i(), zero_i(), zero_i(), zero_i(), zero_i(), zero_i()};
@@ -95,6 +96,7 @@ struct Neon {
   };
   // 8 rows x 2 planes a vector.
   struct Pair : Planes {
+    using Several = Pair;
     static constexpr int kVectors = 4, kAccumulators = 8;
     Wide acc[4] = {};
     template <int kTaken>
@@ -106,6 +108,7 @@ struct Neon {
   };
   // 16 rows x 1 plane a vector.
   struct Single : Planes {
+    using Several = Single;
     static constexpr int kVectors = 2, kAccumulators = 4;
     Wide acc[2] = {};
     template <int kTaken>
@@ -152,6 +155,7 @@ struct Neon {
     const float32x2_t pairs = vadd_f32(vget_low_f32(a), vget_high_f32(a));
     return vget_lane_f32(pairs, 0) + vget_lane_f32(pairs, 1);
   }
+  static float largest(F a) { return vmaxvq_f32(a); }
 
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 

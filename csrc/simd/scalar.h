@@ -72,6 +72,7 @@ struct Scalar {
     }
   };
   struct Quad : Planes<Quad> {
+    using Several = Quad;
     static constexpr int kVectors = 8, kAccumulators = 8;
     I rows[8] = {};
     void weigh(int v, const B& b, int32_t m) {
@@ -83,6 +84,7 @@ struct Scalar {
     I sum(int i) const { return rows[i]; }
   };
   struct Pair : Planes<Pair> {
+    using Several = Pair;
     static constexpr int kVectors = 4, kAccumulators = 8;
     I rows[8] = {};
     void weigh(int v, const B& b, int32_t m) {
@@ -93,6 +95,7 @@ struct Scalar {
     I sum(int i) const { return rows[i]; }
   };
   struct Single : Planes<Single> {
+    using Several = Single;
     static constexpr int kVectors = 2, kAccumulators = 8;
     I rows[8] = {};
     void weigh(int v, const B& b, int32_t m) {
@@ -182,6 +185,11 @@ struct Scalar {
     return a;
   }
   static float sum(const F& a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+  static float largest(const F& a) {
+    float largest = a.v[0];
+    for (const float lane : a.v) largest = lane > largest ? lane : largest;
+    return largest;
+  }
 
   static void prefetch(const uint8_t*) {}
 
