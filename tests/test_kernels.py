@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kernel_cases import (
     BITS,
     TABLES,
+    TERNARY,
     LinearCase,
     extreme_cases,
     float_cases,
@@ -107,9 +108,12 @@ def test_isas_agree_to_the_bit(tables: str, bits: int, pool: _core.ThreadPool) -
 
 
 @pytest.mark.parametrize("tables", TABLES)
-def test_sums_beyond_float32_are_not_finite(isa: str, tables: str, pool: _core.ThreadPool) -> None:
-    q = integer_matrix(np.random.default_rng(0), 1, 64, 2, 64, "none")
-    q = replace(q, codes=np.full((1, 64), 3, np.uint8))
+@pytest.mark.parametrize("bits", [2, TERNARY])
+def test_sums_beyond_float32_are_not_finite(
+    isa: str, tables: str, bits: int, pool: _core.ThreadPool
+) -> None:
+    q = integer_matrix(np.random.default_rng(0), 1, 64, bits, 64, "none")
+    q = replace(q, codes=np.full((1, 64), q.codes.max(), np.uint8))
     case = LinearCase("overflow", q, np.full((1, 64), 3e38, np.float32), tables)
     assert not np.isfinite(run(case, pool)).any(), isa
 
@@ -131,11 +135,9 @@ def test_unpack_returns_what_was_packed(kind: str, bits: int) -> None:
             assert packed.nbytes % 64 == 0
             codes, scales, offsets = _core.unpack(packed, m=m, k=k, **encoding(q))
             np.testing.assert_array_equal(codes, q.codes)
-            np.testing.assert_array_equal(scales, q.scales)
-            if q.offsets is None:
-                assert offsets is None
-            else:
-                np.testing.assert_array_equal(offsets, q.offsets)
+            for got, want in ((scales, q.scales), (offsets, q.offsets)):
+                assert (got is None) == (want is None)
+                np.testing.assert_array_equal(got, want)
 
 
 def test_packed_bytes_follow_the_layout() -> None:
