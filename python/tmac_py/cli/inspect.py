@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tmac_py.cli.models import find_model
@@ -81,7 +82,10 @@ def _grouped(linears: Iterable[TensorEntry]) -> list[tuple[str, list[TensorEntry
     """Matrices of the same role (the name without the layer) and encoding, in file order."""
     groups: dict[tuple[str, object], list[TensorEntry]] = {}
     for entry in linears:
-        groups.setdefault((_LAYER.sub("", entry.name), entry.spec), []).append(entry)
+        assert entry.spec is not None
+        has_scale = entry.spec.scale is not None
+        encoding = (replace(entry.spec, scale=None), has_scale)
+        groups.setdefault((_LAYER.sub("", entry.name), encoding), []).append(entry)
     return [(name, entries) for (name, _), entries in groups.items()]
 
 
