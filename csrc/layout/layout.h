@@ -62,7 +62,8 @@ struct LinearSpec {
   int64_t chunk_bytes(int64_t n) const {
     return kTileRows * (ternary() ? ternary_chunk_row_bytes(n) : bits);
   }
-  int64_t code_bytes(int64_t g) const {
+  // Kernels must not leave a copy of it to the linker: it would be compiled for one CPU.
+  __attribute__((always_inline)) int64_t code_bytes(int64_t g) const {
     const int64_t before = chunks_in(g) - 1, last = weights_in(g) - before * chunk_weights();
     return before * chunk_bytes(chunk_weights()) + chunk_bytes(last);
   }
