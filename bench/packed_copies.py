@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmac_py import _core
+from tmac_py.spec import Encoding
 
-ENCODINGS = tuple(str(bits) for bits in range(1, 9))
+TERNARY = "ternary"
+ENCODINGS = (*(str(bits) for bits in range(1, 9)), TERNARY)
 _ALIGNMENT = 64
 _DISTINCT_ROWS = 1024  # random; the others repeat them, the time does not depend on it
 
@@ -31,22 +33,28 @@ class PackedMatrix:
 
 def code_bits(encoding: str) -> float:
     """Bits of a weight without scales."""
-    return int(encoding)
+    return 5 / 3 if encoding == TERNARY else int(encoding)
 
 
 def packed_matrix(encoding: str, m: int, k: int, *, group_size: int) -> PackedMatrix:
-    """A random matrix [m, k] in one of ``ENCODINGS``."""
-    bits = int(encoding)
-    group_size = min(group_size, k)
+    """A random matrix [m, k] in one of ``ENCODINGS``. Ternary ones have one scale, as in BitNet."""
+    ternary = encoding == TERNARY
+    bits = 2 if ternary else int(encoding)
+    group_size = k if ternary else min(group_size, k)
     rng = np.random.default_rng(0)
     rows = min(m, _DISTINCT_ROWS)
-    codes = rng.integers(1 << bits, size=(rows, k), dtype=np.uint8)
+    codes = rng.integers(3 if ternary else 1 << bits, size=(rows, k), dtype=np.uint8)
+    scales = np.full((m, -(-k // group_size)), 0.01, dtype=np.float16)
+    scale = 0.01 if ternary else None
+    kind: Encoding = "ternary" if ternary else "uniform"
     data = _core.pack(
         np.resize(codes, (m, k)),
-        np.full((m, -(-k // group_size)), 0.01, dtype=np.float16),
+        None if ternary else scales,
         bits=bits,
         group_size=group_size,
         offset_kind="none",
+        encoding=kind,
+        scale=scale,
     )
 
     def linear(packed: NDArray[np.uint8]) -> _core.Linear:
@@ -57,7 +65,9 @@ def packed_matrix(encoding: str, m: int, k: int, *, group_size: int) -> PackedMa
             bits=bits,
             group_size=group_size,
             offset_kind="none",
-            zero=2.0 ** (bits - 1),
+            zero=1.0 if ternary else 2.0 ** (bits - 1),
+            encoding=kind,
+            scale=scale,
         )
 
     return PackedMatrix(data, linear)

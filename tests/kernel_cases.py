@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reference import (
+    CUTS,
     EXACT_MAX,
     INT8_MAX,
-    MAX_MULTIPLIER,
     ROWS8,
     STEPS,
+    Cut,
     Product,
     arithmetic,
     chunked,
@@ -23,11 +24,15 @@ from reference import (
     product,
     table_limits,
 )
-from tmac_py.quant import QuantTensor, quantize_rtn, symmetric_zero
+from tmac_py.quant import QuantTensor, quantize_rtn, symmetric_zero, ternary_tensor
 from tmac_py.spec import OffsetKind
 
 TABLES = ("int8", "exact", "exact8")
-BITS = range(1, 9)
+
+TERNARY = 0
+"""Stands for ternary codes among the bits."""
+
+BITS = range(TERNARY, 9)
 
 # Sizes to combine. The five lists are of coprime lengths: cycling through all of them at once
 # meets every pair of two lists' values within the product of the two lengths.
@@ -53,7 +58,7 @@ class LinearCase:
 
     @property
     def arithmetic(self) -> str:
-        return arithmetic(self.tables, len(self.x))
+        return arithmetic(self.q, self.tables, len(self.x))
 
     @cached_property
     def products(self) -> list[Product | None]:
@@ -86,10 +91,16 @@ class LinearCase:
 def integer_matrix(
     rng: np.random.Generator, m: int, k: int, bits: int, group_size: int, kind: OffsetKind
 ) -> QuantTensor:
-    """Random codes; scales are a power of two for each row, of either sign in each group."""
+    """Random codes; scales are a power of two for each row, of either sign in each group. Ternary
+    matrices have no offsets: where others have, they have one scale, if they are of one group."""
     group_size = min(group_size, k)
     shape = (m, -(-k // group_size))
     scales = rng.choice([-1.0, 1.0], shape) * 2.0 ** rng.integers(-6, 7, (m, 1))
+    if bits == TERNARY:
+        codes = rng.integers(0, 3, (m, k), np.uint8)
+        if kind == "offset" and group_size == k:
+            return ternary_tensor(codes, float(scales[0, 0]))
+        return ternary_tensor(codes, scales.astype(np.float16), group_size=group_size)
     centre = int(symmetric_zero(bits))
     offsets = None
     if kind == "zero":
@@ -113,11 +124,12 @@ def integer_activations(
     """x [k] of integers, all multiples of `step`, whose regions have the unit 1, but for `silent`
     of 16, which are zero.
 
-    In each region one value has the largest size there is: for int8 tables |x0|+..+|x3| of a table,
-    for other arithmetic an |x|. For ROWS8 another one, not among the same 4, is up to 8128 (the
-    only one if there are no others). The others are at most `quiet`.
+    In each region one value has the largest size there is: for int8 tables the sum of |x| of a
+    table, for other arithmetic an |x|. For ROWS8 another one, not among the same 4, is up to 8128
+    (the only one if there are no others). The others are at most `quiet`.
     """
     x = np.append(rng.integers(-quiet // step, quiet // step, q.k, endpoint=True) * step, 0.0)
+    cut = CUTS[q.encoding]
     for region in chunked(q)[0]:
         real = region[region < q.k]
         if len(real) == 0:
@@ -126,10 +138,11 @@ def integer_activations(
             x[real] = 0
             continue
         at = rng.choice(real)
+        tables = region.reshape(-1, cut.table)
         if kind == "int8":
-            table = next(t for t in region.reshape(-1, 4) if at in t)
+            table = next(t for t in tables if at in t)
             sign = rng.choice([-1, 1])
-            while not set_loudest(x, region.reshape(-1, 4), table, at, sign):
+            while not set_loudest(x, tables, table, at, sign, cut):
                 x[region] //= 2  # with these around it no multiplier fits its table
         else:
             x[at] = STEPS[kind] * (4 if kind == "exact" else 1) * rng.choice([-1, 1])
@@ -141,16 +154,21 @@ def integer_activations(
 
 
 def set_loudest(
-    x: NDArray[np.float64], region: NDArray[np.int64], table: NDArray[np.int64], at: int, sign: int
+    x: NDArray[np.float64],
+    region: NDArray[np.int64],
+    table: NDArray[np.int64],
+    at: int,
+    sign: int,
+    cut: Cut,
 ) -> bool:
-    """Set x[at] so that |x0|+..+|x3| of its table is 127 times the region's largest multiplier,
+    """Set x[at] so that the sum of |x| of its table is 127 times the region's largest multiplier,
     which follows from it; false if there is no such value."""
     x[at] = 0
     rest = np.abs(x[table]).sum()
-    for most in range(MAX_MULTIPLIER, 0, -1):
+    for most in range(cut.max_multiplier, 0, -1):
         x[at] = (STEPS["int8"] * most - rest) * sign
         limits = table_limits(x[region].astype(np.float32), "int8")[None]
-        if abs(x[at]) + rest == limits.max() and largest_multipliers(limits, "int8") == most:
+        if abs(x[at]) + rest == limits.max() and largest_multipliers(limits, "int8", cut) == most:
             return True
     return False
 
@@ -159,7 +177,7 @@ def integer_case(
     rng: np.random.Generator, q: QuantTensor, tables: str, n: int, name: str
 ) -> LinearCase:
     """The loudest activations, and the finest, with which all sums stay exact."""
-    kind = arithmetic(tables, n)
+    kind = arithmetic(q, tables, n)
     loudest = {"int8": 100, "exact": 32512}.get(kind, 127)
     steps = (1, 8, 256) if kind == "exact" else (1,)  # 32512 = 127 * 256
     some_steps = steps if q.k <= 256 else steps[-1:]
@@ -185,6 +203,19 @@ def integer_cases(tables: str, bits: int) -> list[LinearCase]:
         name = f"{kind} m={m} k={k} group_size={q.group_size} n={n}"
         cases.append(integer_case(rng, q, tables, n, name))
     return cases
+
+
+def rounded_matrix(w: NDArray[np.float32], bits: int, group_size: int, asym: bool) -> QuantTensor:
+    """Rounded to nearest; ternary ones have no offsets, and random scales."""
+    if bits != TERNARY:
+        return quantize_rtn(w, bits=bits, group_size=group_size, asym=asym)
+    m, k = w.shape
+    size = k if group_size == -1 else group_size
+    scales = np.random.default_rng(k).uniform(0.01, 0.1, (m, -(-k // size)))
+    codes = np.sign(w) * (np.abs(w) > np.abs(w).mean() / 2) + 1
+    if asym and size == k:
+        return ternary_tensor(codes.astype(np.uint8), float(scales[0, 0]))
+    return ternary_tensor(codes.astype(np.uint8), scales.astype(np.float16), group_size=size)
 
 
 def random_activations(rng: np.random.Generator, kind: str, n: int, k: int) -> NDArray[np.float32]:
@@ -216,7 +247,7 @@ def float_cases(tables: str, bits: int) -> list[LinearCase]:
             (1, 4096, -1, True),
         ):
             w = rng.standard_t(4, (m, k)).astype(np.float32) * np.float32(0.05)
-            q = quantize_rtn(w, bits=bits, group_size=group_size, asym=asym)
+            q = rounded_matrix(w, bits, group_size, asym)
             for n in (3, 18):
                 x = random_activations(rng, kind, n, k)
                 cases.append(LinearCase(f"{kind} m={m} k={k} asym={asym} n={n}", q, x, tables))
@@ -225,17 +256,17 @@ def float_cases(tables: str, bits: int) -> list[LinearCase]:
 
 def extreme_codes(bits: int, k: int) -> NDArray[np.uint8]:
     """Rows of codes at the ends of their range: all upper, all lower, alternating both ways."""
-    top = 2**bits - 1
+    top = 2 if bits == TERNARY else 2**bits - 1
     rows = [[top, top], [0, 0], [top, 0], [0, top]]
     return np.array([np.resize(rows[r % 4], k) for r in range(33)], np.uint8)
 
 
-def extreme_activations(k: int, largest: int) -> NDArray[np.float32]:
+def extreme_activations(k: int, largest: int, table: int) -> NDArray[np.float32]:
     """The same patterns in the signs of x, in every position and in one of each table: the sums
     of matching rows are the largest that accumulators meet."""
     signs = np.array([np.resize(p, k) for p in ([1, 1], [-1, -1], [1, -1], [-1, 1])])
-    one_of_four = np.arange(k) % 4 == 0
-    patterns = np.concatenate([signs, signs * one_of_four])
+    one_of_each = np.arange(k) % table == 0
+    patterns = np.concatenate([signs, signs * one_of_each])
     return (patterns * largest).astype(np.float32)
 
 
@@ -248,9 +279,12 @@ def extreme_cases(tables: str, bits: int) -> list[LinearCase]:
             rng = np.random.default_rng(0)
             q = integer_matrix(rng, 33, k, bits, group_size, kind)
             q = replace(q, codes=extreme_codes(bits, k))
-            # 635: all tables of a region alike have multipliers of 5.
-            loudest = {"int8": 635, "exact": 32512}.get(arithmetic(tables, 8 * times), 127)
-            x = extreme_activations(k, loudest)
+            # All tables of a region alike have the least multiplier of int8 tables.
+            cut = CUTS[q.encoding]
+            loudest = {"int8": INT8_MAX * (cut.limit_sum // cut.tables), "exact": 32512}.get(
+                arithmetic(q, tables, 8 * times), 127
+            )
+            x = extreme_activations(k, loudest, cut.table)
             name = f"extreme {kind} k={k} group_size={group_size} times={times}"
             cases.append(LinearCase(name, q, np.tile(x, (times, 1)), tables, exact=True))
             assert cases[-1].stays_exact, name
@@ -275,9 +309,7 @@ def non_finite_cases(tables: str, bits: int) -> Iterator[LinearCase]:
 def invariance_cases(tables: str, bits: int) -> list[LinearCase]:
     """Ordinary floats in enough tiles and tokens to be dealt out to threads in many ways."""
     rng = np.random.default_rng(bits)
-    q = quantize_rtn(
-        rng.normal(size=(300, 296)).astype(np.float32), bits=bits, group_size=48, asym=True
-    )
+    q = rounded_matrix(rng.normal(size=(300, 296)).astype(np.float32), bits, 48, asym=True)
     x = random_activations(rng, "gaussian", 37, 296)
     return [LinearCase(f"invariance n={n}", q, x[:n], tables) for n in (13, 37)]
 

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tmac_py.quant import QuantTensor
 
-REGION = 64
-"""Weights along k that share one unit."""
 
-CHUNKS, TABLES = REGION // 8, REGION // 4
-"""Chunks of 8 weights and tables of 4 in a region."""
+@dataclass(frozen=True)
+class Cut:
+    """How an encoding cuts a row: weights of a table, of a chunk, and of a region, whose
+    activations share one unit."""
+
+    table: int
+    chunk: int
+    region: int
+
+    limit_sum: int
+    """A step of an int8 table has some units, as many as its own largest entry needs. The largest
+    entries of all tables of a region add up to at most so many times 127 units."""
+
+    max_multiplier: int
+    """The most units in a step of an int8 table."""
+
+    sum_of_limits: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    """Of the tables [n_regions, tables], in float32 and the core's order."""
+
+    @property
+    def chunks(self) -> int:
+        """Of a region."""
+        return self.region // self.chunk
+
+    @property
+    def tables(self) -> int:
+        """Of a region."""
+        return self.region // self.table
+
 
 INT8_MAX = 127
 """The largest entry of an int8 table, and the largest activation of 8 bits."""
 
 EXACT_MAX = 8128
 """`exact` rounds the activations of a table to at most this many steps."""
-
-LIMIT_SUM = 85
-"""A step of an int8 table has some units, as many as its own largest entry needs. The largest
-entries of all tables of a region add up to at most so many times 127 units."""
-
-MAX_MULTIPLIER = 15
-"""The most units in a step of an int8 table."""
 
 EXACT_MULTIPLIER = 4
 """A step of an `exact` table has at most so many units."""
@@ -53,13 +73,21 @@ ACTIVATION_ERROR = 4 * U
 """The same for an activation of exact tables, relative to the largest: two divisions and one
 multiplication."""
 
+TERNARY_FRACTIONS = 128
+"""Activations of ternary int8 tables are rounded to so many parts of a step."""
+
+TRITS = np.array([[e // 3**i % 3 - 1 for i in range(3)] for e in range(27)])
+"""Ternary tables: the sums of three x, each times one of -1, 0 and 1."""
+
 SIGNS = np.array([[1 if e >> i & 1 else -1 for i in range(4)] for e in range(16)])
 """Entry e of a table is the sum of +x[i] where bit i of e is set and -x[i] elsewhere."""
 
 
-def arithmetic(tables: str, n_tokens: int) -> str:
-    """The arithmetic of the named tables in a product of that many tokens, a key of STEPS."""
-    return ROWS8 if tables == "int8" and n_tokens > TABLE_TOKENS else tables
+def arithmetic(q: QuantTensor, tables: str, n_tokens: int) -> str:
+    """The arithmetic of the named tables in a product of q and that many tokens, a key of STEPS.
+    Ternary weights are multiplied by table lookup, however many tokens there are."""
+    many = n_tokens > TABLE_TOKENS and q.encoding != "ternary"
+    return ROWS8 if tables == "int8" and many else tables
 
 
 @dataclass(frozen=True)
@@ -97,42 +125,62 @@ class Product:
 
 
 def chunked(q: QuantTensor) -> tuple[NDArray[np.int64], list[int]]:
-    """Where the weights of a row go: positions [n_regions, CHUNKS, 8] along k (k itself: padding),
-    and the first chunk of each group. A group starts a new chunk."""
+    """Where the weights of a row go: positions [n_regions, chunks, weights] along k (k itself:
+    padding), and the first chunk of each group. A group starts a new chunk."""
+    cut = CUTS[q.encoding]
     chunks: list[NDArray[np.int64]] = []
     first_of_group = []
     for begin in range(0, q.k, q.group_size):
         end = min(q.k, begin + q.group_size)
         first_of_group.append(len(chunks))
-        chunks += [np.arange(at, at + 8) for at in range(begin, end, 8)]
+        chunks += [np.arange(at, at + cut.chunk) for at in range(begin, end, cut.chunk)]
         chunks[-1][chunks[-1] >= end] = q.k
-    while len(chunks) % CHUNKS:
-        chunks.append(np.full(8, q.k))
-    return np.array(chunks).reshape(-1, CHUNKS, 8), first_of_group
+    while len(chunks) % cut.chunks:
+        chunks.append(np.full(cut.chunk, q.k))
+    return np.array(chunks).reshape(-1, cut.chunks, cut.chunk), first_of_group
 
 
 def table_limits(x: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
-    """What sets the step of each table of x [..., 4], in float32 like the core: its largest entry,
-    or for exact tables its largest |x|."""
+    """What sets the step of each table of x [..., weights], in float32 like the core: its largest
+    entry, or for exact tables its largest |x|."""
     size = np.abs(x)
     if kind != "int8":
         return np.asarray(size.max(-1))
-    return np.asarray(size[..., 0] + size[..., 1] + size[..., 2] + size[..., 3])
+    limits = np.zeros(x.shape[:-1], np.float32)
+    for i in range(x.shape[-1]):
+        limits += size[..., i]
+    return limits
 
 
-def largest_multipliers(limits: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
-    """Units in the largest step of each region, from the limits [n_regions, TABLES] of its tables.
+def largest_multipliers(limits: NDArray[np.float32], kind: str, cut: Cut) -> NDArray[np.float32]:
+    """Units in the largest step of each region, from the limits [n_regions, tables] of its tables.
     Float32 decides, in the core's operations: which side of a bound a region falls on matters."""
     if kind != "int8":
         most = EXACT_MULTIPLIER if kind == "exact" else 1
         return np.full(len(limits), most, np.float32)
-    halves = limits.reshape(-1, 2, TABLES // 4, 2).swapaxes(2, 3)  # low nibbles' tables come first
-    sums = halves.reshape(-1, 2, TABLES // 2)
-    while sums.shape[2] > 1:
-        sums = sums[..., : sums.shape[2] // 2] + sums[..., sums.shape[2] // 2 :]
-    sums = sums[:, 0, 0] + sums[:, 1, 0]
-    fits = np.float32(LIMIT_SUM) * (limits.max(1) / sums)
-    return np.clip(np.floor(fits), LIMIT_SUM // TABLES, MAX_MULTIPLIER).astype(np.float32)
+    fits = np.float32(cut.limit_sum) * (limits.max(1) / cut.sum_of_limits(limits))
+    least = cut.limit_sum // cut.tables
+    return np.clip(np.floor(fits), least, cut.max_multiplier).astype(np.float32)
+
+
+def sum_by_halving(limits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """limits [n_regions, n] -> [n_regions]"""
+    while limits.shape[1] > 1:
+        limits = np.add(*np.split(limits, 2, axis=1))
+    return limits[:, 0]
+
+
+def sum_of_halves(limits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """limits [n_regions, 16] -> [n_regions]; of half a region, low nibbles' tables come first."""
+    halves = limits.reshape(-1, 4, 2).swapaxes(1, 2).reshape(-1, 8)
+    first, second = sum_by_halving(halves).reshape(-1, 2).T
+    return np.asarray(first + second)
+
+
+CUTS = {
+    "uniform": Cut(4, 8, 64, 85, 15, sum_of_halves),
+    "ternary": Cut(3, 24, 96, 256, 127, sum_by_halving),
+}
 
 
 def multipliers(limits: NDArray[np.float32], most: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -146,11 +194,15 @@ def product(q: QuantTensor, x: NDArray[np.float32], kind: str) -> Product:
 
     What the core does in float32 is done in float64 here. docs/kernels.md describes the algorithm.
     """
+    cut, ternary = CUTS[q.encoding], q.encoding == "ternary"
     positions, first_of_group = chunked(q)
     n_regions = len(positions)
-    codes = np.pad(q.codes, ((0, 0), (0, 1)))[:, positions].reshape(q.m, n_regions, TABLES, 4)
-    given = np.append(x, np.float32(0))[positions].reshape(n_regions, TABLES, 4)
-    half = (2**q.bits - 1) / 2
+    shape = (n_regions, cut.tables, cut.table)
+    codes = np.pad(q.codes, ((0, 0), (0, 1)), constant_values=ternary)[:, positions]
+    codes = codes.reshape(q.m, *shape)
+    given = np.append(x, np.float32(0))[positions].reshape(shape)
+    half = 1.0 if ternary else (2**q.bits - 1) / 2
+    look_up = look_up_trits if ternary else partial(look_up_planes, bits=q.bits)
 
     of_tables = table_limits(given, kind)
     limits = of_tables.max(1).astype(np.float64)
@@ -162,23 +214,24 @@ def product(q: QuantTensor, x: NDArray[np.float32], kind: str) -> Product:
     # Where the inverse of the unit would overflow, x counts as zero.
     scratch = of_tables.copy()
     scratch[limits < 2.0**-140] = 1
-    largest = STEPS[kind] * largest_multipliers(scratch, kind).astype(np.float64)
+    largest = STEPS[kind] * largest_multipliers(scratch, kind, cut).astype(np.float64)
     vanishing = limits < largest * 2.0**-120
     given[vanishing] = 0
     limits[vanishing] = of_tables[vanishing] = 1
     values = given.astype(np.float64)
     units = limits / largest
-    steps = units[:, None] * np.ones(TABLES)  # [n_regions, TABLES]
+    steps = units[:, None] * np.ones(cut.tables)  # [n_regions, tables]
     if kind in ("int8", "exact"):
-        steps *= multipliers(of_tables, largest_multipliers(of_tables, kind))
+        steps *= multipliers(of_tables, largest_multipliers(of_tables, kind, cut))
 
     # For each row, region and table: sum of (code - half) * x; and of x for the rest of the code.
     if kind == "int8":
-        entries = values @ SIGNS.T / steps[..., None]  # [n_regions, TABLES, 16]
-        close = np.abs(entries - np.floor(entries) - 0.5) < ENTRY_ERROR
-        sums = look_up(np.rint(entries), codes, q.bits) * steps
-        slack = look_up(close.astype(np.float64), codes, q.bits) * steps
-        x_slack = np.zeros((n_regions, TABLES))
+        entries, close = (ternary_entries if ternary else entries_of_signs)(
+            values / steps[..., None]
+        )
+        sums = look_up(entries, codes) * steps
+        slack = look_up(close.astype(np.float64), codes) * steps
+        x_slack = np.zeros((n_regions, cut.tables))
     else:
         rounded = values / steps[..., None]
         error = np.abs(rounded).max() * ACTIVATION_ERROR
@@ -189,13 +242,13 @@ def product(q: QuantTensor, x: NDArray[np.float32], kind: str) -> Product:
         x_slack = near.sum(2) * steps
 
     def per_group(tables_of: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[..., n_regions, TABLES] -> [..., n_groups]"""
-        chunks = tables_of.reshape(*tables_of.shape[:-2], n_regions * CHUNKS, 2).sum(-1)
+        """[..., n_regions, tables] -> [..., n_groups]"""
+        chunks = tables_of.reshape(*tables_of.shape[:-2], n_regions * cut.chunks, -1).sum(-1)
         total: NDArray[np.float64] = np.add.reduceat(chunks, first_of_group, axis=-1)
         return total
 
     # y = sum over groups of  scale * sums + shift * (sum of x)
-    s = q.scales.astype(np.float64)
+    s = np.full((q.m, 1), q.scale) if q.scales is None else q.scales.astype(np.float64)
     offsets = np.zeros_like(s) if q.offsets is None else q.offsets.astype(np.float64)
     if q.offset_kind == "none":
         shift, shift_magnitude = s * (half - q.zero), np.abs(s * (half - q.zero))
@@ -219,15 +272,48 @@ def product(q: QuantTensor, x: NDArray[np.float32], kind: str) -> Product:
         # Within a region: 7 for a sum of 8 activations, 8 for that of its chunks, 9 for the steps,
         # 11 to convert, scale, shift and add an offset, 1 for the token's unit; then one addition
         # for each chunk and each group of the row.
-        roundings=36 + CHUNKS * n_regions + q.n_groups,
+        roundings=36 + cut.chunks * n_regions + q.n_groups,
     )
 
 
-def look_up(
+def entries_of_signs(
+    x: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Entries [..., 16] of int8 tables of x [..., 4] in steps, and which are too close to call."""
+    entries = x @ SIGNS.T
+    return np.rint(entries), np.abs(entries - np.floor(entries) - 0.5) < ENTRY_ERROR
+
+
+def ternary_entries(
+    x: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """The same for ternary tables [..., 27] of x [..., 3]: x is rounded to TERNARY_FRACTIONS of a
+    step, the sums of positive numbers to steps, half up; the others are opposite to them."""
+    parts = x * TERNARY_FRACTIONS
+    error = INT8_MAX * TERNARY_FRACTIONS * ACTIVATION_ERROR
+    near = np.abs(parts - np.floor(parts) - 0.5) < error
+    positive = TRITS * np.sign(np.arange(27) - 13)[:, None]
+    sums = np.rint(parts) @ positive.T + TERNARY_FRACTIONS / 2
+    either = near @ np.abs(TRITS).T
+    lowest, entries, highest = (
+        np.floor(sum_ / TERNARY_FRACTIONS) for sum_ in (sums - either, sums, sums + either)
+    )
+    return entries * np.sign(np.arange(27) - 13), lowest != highest
+
+
+def look_up_trits(entries: NDArray[np.float64], codes: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """entries [n_regions, tables, 27] and codes [m, n_regions, tables, 3]
+    -> [m, n_regions, tables]."""
+    region, table = np.indices(entries.shape[:2])
+    found: NDArray[np.float64] = entries[region, table, codes @ np.array([1, 3, 9], np.uint8)]
+    return found
+
+
+def look_up_planes(
     entries: NDArray[np.float64], codes: NDArray[np.uint8], bits: int
 ) -> NDArray[np.float64]:
-    """Sum over planes p of 2^(p-1) * entry: entries [n_regions, TABLES, 16] and
-    codes [m, n_regions, TABLES, 4] -> [m, n_regions, TABLES]."""
+    """Sum over planes p of 2^(p-1) * entry: entries [n_regions, tables, 16] and
+    codes [m, n_regions, tables, 4] -> [m, n_regions, tables]."""
     region, table = np.indices(entries.shape[:2])
     sums = np.zeros(codes.shape[:3])
     for plane in range(bits):

@@ -22,6 +22,9 @@ VARIABLE = "TMAC_SELFTEST"
 OFFSET_KINDS = ("none", "offset", "zero")
 """In the order of the core's enum OffsetKind."""
 
+ENCODINGS = ("uniform", "ternary")
+"""In the order of the core's enum Encoding."""
+
 Part = int | float | str | NDArray[Any]
 
 
@@ -58,11 +61,11 @@ def encode(*parts: Part) -> bytes:
 
 
 def matrix(q: QuantTensor) -> list[Part]:
-    shape: list[Part] = [q.m, q.k, q.bits, q.group_size]
+    shape: list[Part] = [q.m, q.k, q.bits, ENCODINGS.index(q.encoding), q.group_size]
     kind: list[Part] = [OFFSET_KINDS.index(q.offset_kind), float(q.zero)]
-    arrays: list[Part] = [q.codes, q.scales]
-    if q.offsets is not None:
-        arrays.append(q.offsets)
+    kind += [int(q.scale is not None), q.scale or 0.0]
+    arrays: list[Part] = [q.codes]
+    arrays += [stored for stored in (q.scales, q.offsets) if stored is not None]
     return shape + kind + arrays
 
 
@@ -93,12 +96,12 @@ def run_layout(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16], NDArray[np.float32]]:
     """Codes, scales and offsets after packing and unpacking, and the dequantised weights [m, k]."""
     out = run(program, "scalar", [encode("layout", *matrix(q))], folder)
-    n_offsets = 0 if q.offsets is None else q.offsets.size
-    ends = np.cumsum([q.codes.size, 2 * q.scales.size, 2 * n_offsets])
+    stored = [0 if array is None else array.size for array in (q.scales, q.offsets)]
+    ends = np.cumsum([q.codes.size, *(2 * size for size in stored)])
     assert len(out) == ends[-1] + 4 * q.codes.size
     return (
         np.frombuffer(out[: ends[0]], np.uint8).reshape(q.codes.shape),
-        np.frombuffer(out[ends[0] : ends[1]], np.float16).reshape(q.scales.shape),
+        np.frombuffer(out[ends[0] : ends[1]], np.float16),
         np.frombuffer(out[ends[1] : ends[2]], np.float16),
         np.frombuffer(out[ends[2] :], np.float32).reshape(q.codes.shape),
     )

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tiny_lut import CONFIG, Q_PROJ, write
+from tiny_model import write_tiny_model
 from tmac_py import machine
 from tmac_py.cli import info, inspect
 from tmac_py.cli.tables import format_bytes, format_table
@@ -200,6 +201,15 @@ def test_inspect_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     text = capsys.readouterr().out
     assert "not checked" in text
     assert Q_PROJ in text
+
+
+def test_inspect_names_ternary_matrices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_tiny_model(tmp_path / "model.lut", special=("q_proj",))
+    assert run(inspect, str(path), "--tensors") == 0
+    text = capsys.readouterr().out
+    assert re.search(r"self_attn.q_proj +2 +128 x 64 +ternary +64 +none +1\.812", text)
+    assert re.search(r"layers.1.self_attn.q_proj.weight +128 x 64 +ternary +64 ", text)
+    assert re.search(r"layers.1.self_attn.k_proj.weight +64 x 64 +4 +32 ", text)
 
 
 def test_inspect_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kernel_cases import (
     BITS,
     TABLES,
+    TERNARY,
     LinearCase,
     extreme_cases,
     float_cases,
@@ -42,7 +43,13 @@ def pool() -> _core.ThreadPool:
 
 
 def encoding(q: QuantTensor) -> dict[str, Any]:
-    return {"bits": q.bits, "group_size": q.group_size, "offset_kind": q.offset_kind}
+    return {
+        "bits": q.bits,
+        "group_size": q.group_size,
+        "offset_kind": q.offset_kind,
+        "encoding": q.encoding,
+        "scale": q.scale,
+    }
 
 
 def pack(q: QuantTensor) -> NDArray[np.uint8]:
@@ -101,9 +108,12 @@ def test_isas_agree_to_the_bit(tables: str, bits: int, pool: _core.ThreadPool) -
 
 
 @pytest.mark.parametrize("tables", TABLES)
-def test_sums_beyond_float32_are_not_finite(isa: str, tables: str, pool: _core.ThreadPool) -> None:
-    q = integer_matrix(np.random.default_rng(0), 1, 64, 2, 64, "none")
-    q = replace(q, codes=np.full((1, 64), 3, np.uint8))
+@pytest.mark.parametrize("bits", [2, TERNARY])
+def test_sums_beyond_float32_are_not_finite(
+    isa: str, tables: str, bits: int, pool: _core.ThreadPool
+) -> None:
+    q = integer_matrix(np.random.default_rng(0), 1, 64, bits, 64, "none")
+    q = replace(q, codes=np.full((1, 64), q.codes.max(), np.uint8))
     case = LinearCase("overflow", q, np.full((1, 64), 3e38, np.float32), tables)
     assert not np.isfinite(run(case, pool)).any(), isa
 
@@ -125,11 +135,9 @@ def test_unpack_returns_what_was_packed(kind: str, bits: int) -> None:
             assert packed.nbytes % 64 == 0
             codes, scales, offsets = _core.unpack(packed, m=m, k=k, **encoding(q))
             np.testing.assert_array_equal(codes, q.codes)
-            np.testing.assert_array_equal(scales, q.scales)
-            if q.offsets is None:
-                assert offsets is None
-            else:
-                np.testing.assert_array_equal(offsets, q.offsets)
+            for got, want in ((scales, q.scales), (offsets, q.offsets)):
+                assert (got is None) == (want is None)
+                np.testing.assert_array_equal(got, want)
 
 
 def test_packed_bytes_follow_the_layout() -> None:
@@ -146,7 +154,60 @@ def test_packed_bytes_follow_the_layout() -> None:
     np.testing.assert_array_equal(packed, want)
 
 
+def test_packed_bytes_of_ternary_codes() -> None:
+    """Two groups of a row by hand: 24 weights, then 20."""
+    trits = np.zeros((2, 44), np.int64)
+    trits[1, :3] = [1, 0, 0]  # 1
+    trits[1, 3:6] = [0, -1, 0]  # -3
+    trits[1, 6:9] = [1, 1, 1]  # 13
+    trits[1, 9:12] = [-1, -1, -1]  # -13
+    trits[1, 12:15] = [-1, 1, 0]  # 2
+    trits[1, 21:24] = [1, -1, -1]  # -11
+    trits[1, 24:27] = [0, 0, 1]  # 9
+    trits[1, 42:44] = [1, -1]  # -2, with a weight of padding
+    scales = np.array([[1, 2], [3, 4]], np.float16)
+    packed = _core.pack(
+        (trits + 1).astype(np.uint8),
+        scales,
+        bits=2,
+        group_size=24,
+        offset_kind="none",
+        encoding="ternary",
+    )
+    want = np.zeros(448, np.uint8)  # 5 * 32 + 64 and 5 * 32 + 64
+    want[1] = 0b10001010
+    want[33], want[65], want[97], want[129] = 0x31, 0xDD, 0x02, 0xB0
+    want[160:164] = scales[:, 0].copy().view(np.uint8)
+    want[225] = 0b01000000
+    want[257], want[353] = 0x09, 0x02
+    want[384:388] = scales[:, 1].copy().view(np.uint8)
+    np.testing.assert_array_equal(packed, want)
+
+
+@pytest.mark.parametrize(
+    ("k", "size"), [(1, 192), (12, 192), (13, 192), (18, 192), (24, 256), (36, 320), (4096, 27392)]
+)
+def test_last_ternary_chunk_is_no_longer_than_needed(k: int, size: int) -> None:
+    kind: dict[str, Any] = {"bits": 2, "offset_kind": "none", "encoding": "ternary"}
+    assert _core.packed_nbytes(1, k, group_size=k, **kind) == size
+
+
+@pytest.mark.parametrize(
+    ("m", "k"), [(2560, 2560), (6912, 2560), (2560, 6912), (640, 2560), (4096, 4096)]
+)
+def test_ternary_matrices_of_one_scale_take_167_hundredths_of_a_bit(m: int, k: int) -> None:
+    kind: dict[str, Any] = {"bits": 2, "offset_kind": "none", "encoding": "ternary"}
+    assert 8 * _core.packed_nbytes(m, k, group_size=k, scale=1.0, **kind) <= 1.67 * m * k
+
+
 GOOD: dict[str, Any] = {"bits": 4, "group_size": 16, "offset_kind": "offset"}
+
+TERNARY_SPEC: dict[str, Any] = {
+    "bits": 2,
+    "offsets": None,
+    "offset_kind": "none",
+    "encoding": "ternary",
+}
 
 
 def pack_with(**changes: Any) -> NDArray[np.uint8]:
@@ -188,6 +249,14 @@ def pack_with(**changes: Any) -> NDArray[np.uint8]:
         ({"group_size": -4}, "group_size must be a multiple of 4"),
         ({"bits": 0}, "bits must be 1 to 8"),
         ({"bits": 9}, "bits must be 1 to 8"),
+        ({"encoding": "binary"}, "encoding must be 'uniform' or 'ternary', not 'binary'"),
+        ({**TERNARY_SPEC, "bits": 4}, "ternary codes have 2 bits, not 4"),
+        ({**TERNARY_SPEC, "offset_kind": "offset"}, "ternary weights have no offsets"),
+        ({**TERNARY_SPEC, "codes": np.full((4, 32), 3, np.uint8)}, "codes must be 0, 1 or 2"),
+        ({**TERNARY_SPEC, "scale": 1.0, "group_size": 32}, "goes with no scales"),
+        ({**TERNARY_SPEC, "scale": 1.0, "scales": None}, "its group_size k"),
+        ({"scale": 1.0, "scales": None}, "the matrix ternary"),
+        ({"scales": None}, "no scale goes with an array of scales"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
@@ -233,6 +302,12 @@ def test_forward_names_the_wrong_input(x: NDArray[Any], text: str, pool: _core.T
     w = _core.Linear(pack_with(), m=4, k=32, zero=0.0, **GOOD)
     with pytest.raises(ValueError, match=text):
         _core.linear_forward(w, x, pool, tables="int8")
+
+
+def test_the_zero_of_ternary_weights_is_1() -> None:
+    kind: dict[str, Any] = {"bits": 2, "offset_kind": "none", "encoding": "ternary"}
+    with pytest.raises(ValueError, match="their zero is 1"):
+        _core.Linear(np.zeros(256, np.uint8), m=1, k=24, group_size=24, zero=0.0, **kind)
 
 
 def test_unknown_names_are_refused(pool: _core.ThreadPool) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tmac_py import LutLinear, QuantTensor
 from tmac_py.errors import OptionError
-from tmac_py.quant import quantize_rtn
+from tmac_py.quant import quantize_rtn, quantize_ternary
 
 README = Path(__file__).parents[1] / "README.md"
 RNG = np.random.default_rng(7)
@@ -35,6 +35,7 @@ def bound(q: QuantTensor, x: NDArray[np.float32], tables: str) -> NDArray[np.flo
     """
     w = q.dequantize().astype(np.float64)
     rows = np.abs(x.astype(np.float64))
+    assert q.scales is not None
     scales = np.repeat(np.abs(q.scales.astype(np.float64)), q.group_size, axis=1)[:, : q.k]
     if tables == "exact":
         half = rows.max(axis=1, keepdims=True) / 2**13 / 2
@@ -64,6 +65,17 @@ def test_every_width_is_the_dequantised_product(bits: int, asym: bool, tables: A
     error = np.abs(y - product(q, x))
     assert (error <= bound(q, x, tables)).all()
     assert error.max() > 0  # nothing multiplied in float32 behind our back
+
+
+@pytest.mark.parametrize("tables", ["int8", "exact", "exact8"])
+def test_ternary_matrices(tables: Any) -> None:
+    w, x = weights(70, 100), weights(5, 100)
+    q = quantize_ternary(w)
+    linear = LutLinear(q, threads=2, tables=tables)
+    assert linear.spec.encoding == "ternary"
+    assert linear.nbytes == 3 * 768 + 64  # 32 * (4 * 5 + 3), rounded up to 64
+    want = product(q, x)
+    assert np.square(linear(x) - want).sum() <= 1e-4 * np.square(want).sum()
 
 
 @pytest.mark.parametrize("group_size", [4, 36, -1])

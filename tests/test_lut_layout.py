@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tmac_py import _core
 from tmac_py.lutheader import check_spec, packed_nbytes
-from tmac_py.spec import LinearSpec
+from tmac_py.packing import pack
+from tmac_py.quant import ternary_tensor
+from tmac_py.spec import LAYOUTS, LinearSpec
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "lut-format.md"
 
@@ -30,12 +33,27 @@ SPECS = [
 ]
 
 
-def documented_pack() -> Callable[..., bytes]:
-    code = re.search(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
-    assert code is not None
+TERNARY_SPECS = [
+    LinearSpec(m, k, 2, group_size, "none", 1.0, LAYOUTS["ternary"])
+    for m, k, group_size in (
+        (1, 24, 24),
+        (32, 96, 96),
+        (33, 100, 100),
+        (31, 60, 32),
+        (96, 512, 256),
+        (5, 7, 4),
+    )
+] + [
+    LinearSpec(m, k, 2, k, "none", 1.0, LAYOUTS["ternary"], 0.375)
+    for m, k in ((1, 24), (33, 100), (64, 2560), (5, 7))
+]
+
+
+def documented(name: str) -> Callable[..., bytes]:
     scope: dict[str, Any] = {}
-    exec(code[1], scope)
-    return scope["pack"]  # type: ignore[no-any-return]
+    for code in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL):
+        exec(code, scope)
+    return scope[name]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -46,10 +64,11 @@ def test_documented_layout_is_the_packers(spec: LinearSpec) -> None:
     n_groups = -(-spec.k // spec.group_size)
     scales = rng.standard_normal((spec.m, n_groups)).astype(np.float16)
     offsets = None if spec.offset_kind == "none" else scales[::-1].copy()
-    expected = documented_pack()(codes, scales, offsets, bits=spec.bits, group_size=spec.group_size)
+    expected = documented("pack")(
+        codes, scales, offsets, bits=spec.bits, group_size=spec.group_size
+    )
     assert len(expected) == packed_nbytes(spec)
-    core = pytest.importorskip("tmac_py._core")
-    packed = core.pack(
+    packed = _core.pack(
         codes,
         scales,
         offsets,
@@ -58,14 +77,46 @@ def test_documented_layout_is_the_packers(spec: LinearSpec) -> None:
         offset_kind=spec.offset_kind,
     )
     assert packed.tobytes() == expected
-    assert packed.nbytes == core.packed_nbytes(
+    assert packed.nbytes == _core.packed_nbytes(
         spec.m, spec.k, bits=spec.bits, group_size=spec.group_size, offset_kind=spec.offset_kind
     )
 
 
+@pytest.mark.parametrize("spec", TERNARY_SPECS, ids=str)
+def test_documented_ternary_layout_is_the_packers(spec: LinearSpec) -> None:
+    check_spec(spec)
+    rng = np.random.default_rng(spec.k)
+    codes = rng.integers(0, 3, (spec.m, spec.k), dtype=np.uint8)
+    n_groups = -(-spec.k // spec.group_size)
+    scales = rng.standard_normal((spec.m, n_groups)).astype(np.float16)
+    given = scales if spec.scale is None else spec.scale
+    q = ternary_tensor(codes, given, group_size=spec.group_size)
+    assert q.spec == spec
+    stored = scales if spec.scale is None else None
+    expected = documented("pack_ternary")(codes, stored, group_size=spec.group_size)
+    assert len(expected) == packed_nbytes(spec)
+    packed = pack(q)
+    assert packed.tobytes() == expected
+    kind: dict[str, Any] = {
+        "group_size": spec.group_size,
+        "bits": 2,
+        "offset_kind": "none",
+        "encoding": "ternary",
+        "scale": spec.scale,
+    }
+    assert packed.nbytes == _core.packed_nbytes(spec.m, spec.k, **kind)
+    got_codes, got_scales, offsets = _core.unpack(packed, m=spec.m, k=spec.k, **kind)
+    assert offsets is None
+    np.testing.assert_array_equal(got_codes, codes)
+    if stored is None:
+        assert got_scales is None
+    else:
+        np.testing.assert_array_equal(got_scales, stored)
+
+
 def test_worked_example_of_the_document() -> None:
     codes = np.array([[0, 1, 2, 3, 3, 2, 1, 0]], np.uint8)
-    packed = documented_pack()(codes, np.array([[0.5]], np.float16), None, bits=2, group_size=8)
+    packed = documented("pack")(codes, np.array([[0.5]], np.float16), None, bits=2, group_size=8)
     listed = dict(
         re.findall(r"offset +(\d+):  ((?:[0-9a-f]{2} )+)", DOCUMENT.read_text(), flags=re.MULTILINE)
     )

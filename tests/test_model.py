@@ -63,6 +63,32 @@ def test_prefill_equals_single_steps_bit_for_bit(tmp_path, tables, bits):
         assert np.array_equal(np.concatenate(parts), single)
 
 
+TERNARY = ("q_proj", "o_proj", "up_proj", "down_proj")
+"""Beside matrices of another encoding that read the same input, and alone."""
+
+
+@pytest.mark.parametrize("tables", ["int8", "exact", "exact8"])
+def test_ternary_prefill_equals_single_steps_bit_for_bit(tmp_path, tables):
+    file = tiny.write_tiny_model(tmp_path / "m.lut", special=TERNARY)
+    with Model.load(file, threads=2, tables=tables) as model:
+        cache = model.new_cache()
+        single = np.stack([model.forward(IDS[i : i + 1], cache) for i in range(len(IDS))])
+        assert np.array_equal(model.logits(IDS), single)
+
+
+@pytest.mark.usefixtures("restore_isa")
+@pytest.mark.parametrize("isa", ISAS)
+def test_ternary_weights_are_the_same_as_bit_planes(tmp_path, isa):
+    """Integer sums of 8-bit activations: not one bit differs."""
+    _core.use_isa(isa)
+    answers = []
+    for quantize in (tiny.ternary, tiny.ternary_as_uniform):
+        file = tiny.write_tiny_model(tmp_path / "m.lut", special=TERNARY, quantize=quantize)
+        with Model.load(file, threads=2, tables="exact8") as model:
+            answers.append(model.logits(IDS))
+    assert np.array_equal(*answers)
+
+
 def test_more_ids_than_one_chunk(tmp_path):
     file = tiny.write_tiny_model(tmp_path / "long.lut", max_position_embeddings=600)
     with Model.load(file, threads=1, tables="exact") as model:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from tmac_py import quant
-from tmac_py.quant import QuantTensor, quantize_rtn
+from tmac_py.quant import QuantTensor, quantize_rtn, quantize_ternary, ternary_tensor
 
 BITS = range(1, 9)
 F16_STEP = 2.0**-11  # largest relative error of rounding to fp16
@@ -195,3 +197,48 @@ def test_a_quant_tensor_checks_itself(changes: dict[str, object], text: str) -> 
     assert (spec.m, spec.k, spec.bits, spec.group_size, spec.zero) == (2, 16, 3, 8, 4.0)
     with pytest.raises(ValueError, match=text):
         QuantTensor(**{**good, **changes})  # type: ignore[arg-type]
+
+
+def test_ternary_rounding_is_that_of_bitnet() -> None:
+    w = weights(33, 100)
+    q = quantize_ternary(w)
+    scale = np.abs(w.astype(np.float64)).mean()
+    assert np.array_equal(q.codes, np.clip(np.rint(w / scale), -1, 1) + 1)
+    assert q.scales is None
+    assert q.scale == np.float32(scale)
+    assert (q.spec.layout, q.spec.encoding, q.group_size) == ("trits3-m32", "ternary", 100)
+    assert np.array_equal(q.dequantize(), (q.codes - np.float32(1)) * np.float32(q.scale))
+    given = quantize_ternary(w, scale=0.25)
+    assert given.scale == 0.25
+    assert np.array_equal(given.codes, np.clip(np.rint(w * 4), -1, 1) + 1)
+    assert (quantize_ternary(np.zeros((3, 8), np.float32)).dequantize() == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("w", "text"),
+    [
+        (np.array([[1, np.nan]], np.float32), "not finite"),
+        (np.array([[1, np.inf]], np.float32), "not finite"),
+        (np.ones(8, np.float32), r"\[m, k\]"),
+    ],
+)
+def test_ternary_rounding_refuses(w: NDArray[np.float32], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        quantize_ternary(w)
+
+
+def test_a_ternary_tensor_checks_itself() -> None:
+    q = ternary_tensor(np.full((2, 16), 2, np.uint8), np.ones((2, 2), np.float16), group_size=8)
+    assert (q.dequantize() == 1).all()
+    for changes, text in (
+        ({"codes": np.full((2, 16), 3, np.uint8)}, "codes 0, 1 and 2"),
+        ({"bits": 4}, "bits 2"),
+        ({"zero": 2.0}, "zero 1"),
+        ({"encoding": "binary"}, "encoding"),
+        ({"scale": 1.0}, "either scales, or one scale"),
+        ({"scales": None}, "either scales, or one scale"),
+        ({"scales": None, "scale": 1.0}, "group_size k"),
+        ({"scales": None, "scale": 0.1, "group_size": 16}, "a finite float32"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            replace(q, **changes)  # type: ignore[arg-type]

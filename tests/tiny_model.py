@@ -1,6 +1,7 @@
 """A .lut of a random model of a few layers, small enough to run in milliseconds."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from tiny_vocab import CHATML, byte_level_json
 from tmac_py.config import ModelConfig
 from tmac_py.lutwriter import LutWriter
 from tmac_py.packing import pack
-from tmac_py.quant import quantize_rtn
+from tmac_py.quant import QuantTensor, quantize_rtn, quantize_ternary
 
 N_CTX = 96
 VOCAB = 320
@@ -35,8 +36,25 @@ def tiny_config(**changes) -> ModelConfig:
     return ModelConfig(**{**values, **changes})
 
 
-def write_tiny_model(path: Path, *, seed=0, bits=4, chat=True, files=None, **config) -> Path:
-    """Write the model to ``path``; the vocabulary is padded beyond what the tokenizer has."""
+def ternary(weights) -> QuantTensor:
+    """Ternary weights, of a scale that fp16 holds."""
+    return quantize_ternary(weights, scale=float(np.float16(np.abs(weights).mean())))
+
+
+def ternary_as_uniform(weights) -> QuantTensor:
+    """The same with codes as bit planes, and the scale with every row."""
+    q = ternary(weights)
+    scales = np.full((q.m, 1), q.scale, np.float16)
+    return replace(q, encoding="uniform", scales=scales, scale=None)
+
+
+def write_tiny_model(
+    path: Path, *, seed=0, bits=4, chat=True, files=None, special=(), quantize=ternary, **config
+) -> Path:
+    """Write the model to ``path``; the vocabulary is padded beyond what the tokenizer has.
+
+    Matrices whose names hold one of ``special`` are quantised by ``quantize``.
+    """
     if files is None:
         settings = {"add_bos_token": False, "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
         files = {
@@ -54,6 +72,11 @@ def write_tiny_model(path: Path, *, seed=0, bits=4, chat=True, files=None, **con
                 continue
             weights = random.standard_normal(shape).astype(np.float32) / np.sqrt(shape[1])
             head = "embed" in name or "lm_head" in name
-            q = quantize_rtn(weights * (8 if head else 1), bits=8 if head else bits, group_size=32)
+            if any(part in name for part in special):
+                q = quantize(weights)
+            else:
+                q = quantize_rtn(
+                    weights * (8 if head else 1), bits=8 if head else bits, group_size=32
+                )
             writer.add_linear(name, pack(q), q.spec)
     return path

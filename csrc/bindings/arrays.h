@@ -2,7 +2,9 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -37,15 +39,25 @@ inline OffsetKind parse_offset_kind(const std::string& text) {
   throw std::invalid_argument("offset_kind must be 'none', 'offset' or 'zero', not '" + text + "'");
 }
 
+inline Encoding parse_encoding(const std::string& text) {
+  if (text == "uniform") return Encoding::kUniform;
+  if (text == "ternary") return Encoding::kTernary;
+  throw std::invalid_argument("encoding must be 'uniform' or 'ternary', not '" + text + "'");
+}
+
 inline LinearSpec parse_spec(int64_t m, int64_t k, int bits, int64_t group_size,
-                             const std::string& offset_kind, float zero) {
+                             const std::string& offset_kind, const std::string& encoding,
+                             std::optional<float> scale, std::optional<float> zero = std::nullopt) {
   LinearSpec spec;
   spec.m = m;
   spec.k = k;
   spec.bits = bits;
+  spec.encoding = parse_encoding(encoding);
   spec.group_size = group_size;
+  spec.scale_kind = scale ? ScaleKind::kMatrix : ScaleKind::kStored;
+  spec.scale = scale.value_or(0.0f);
   spec.offset_kind = parse_offset_kind(offset_kind);
-  spec.zero = zero;
+  spec.zero = zero.value_or(spec.ternary() ? 1.0f : 0.0f);
   check_spec(spec);
   return spec;
 }

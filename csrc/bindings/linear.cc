@@ -1,5 +1,6 @@
 #include "bindings/linear.h"
 
+#include <algorithm>
 #include <memory>
 
 namespace tmac {
@@ -7,38 +8,45 @@ namespace {
 
 using namespace py::literals;
 
-py::array_t<uint8_t> pack_codes(const py::array& codes, const py::array& scales,
+// Binary16 numbers [m, n_groups], or null for None, which is what `kind` asks for if not `wanted`.
+const uint16_t* half_data(const py::object& array, const char* name, const LinearSpec& spec,
+                          bool wanted, const std::string& kind) {
+  check_argument(array.is_none() != wanted, kind, " goes with ", wanted ? "an array of " : "no ",
+                 name);
+  if (!wanted) return nullptr;
+  check_argument(py::isinstance<py::array>(array), name, " must be an array");
+  return array_data<uint16_t>(py::reinterpret_borrow<py::array>(array), name,
+                              {spec.m, spec.n_groups()}, "float16");
+}
+
+py::array_t<uint8_t> pack_codes(const py::array& codes, const py::object& scales,
                                 const py::object& offsets, int bits, int64_t group_size,
-                                const std::string& offset_kind) {
+                                const std::string& offset_kind, const std::string& encoding,
+                                std::optional<float> scale) {
   check_argument(codes.ndim() == 2, "codes must be a matrix [m, k]");
   const LinearSpec spec =
-      parse_spec(codes.shape(0), codes.shape(1), bits, group_size, offset_kind, 0);
-  const std::vector<int64_t> per_group{spec.m, spec.n_groups()};
+      parse_spec(codes.shape(0), codes.shape(1), bits, group_size, offset_kind, encoding, scale);
   const auto* code_data = array_data<uint8_t>(codes, "codes", {spec.m, spec.k}, "uint8");
-  const auto* scale_data = array_data<uint16_t>(scales, "scales", per_group, "float16");
-  const uint16_t* offset_data = nullptr;
-  const bool wants_offsets = spec.offset_kind != OffsetKind::kNone;
-  check_argument(offsets.is_none() != wants_offsets, "offset_kind '", offset_kind, "' goes with ",
-                 wants_offsets ? "an array of offsets" : "no offsets");
-  py::array offset_array;
-  if (wants_offsets) {
-    offset_array = offsets.cast<py::array>();
-    offset_data = array_data<uint16_t>(offset_array, "offsets", per_group, "float16");
-  }
+  const auto* scale_data =
+      half_data(scales, "scales", spec, !scale, scale ? "a scale for the matrix" : "no scale");
+  const auto* offset_data =
+      half_data(offsets, "offsets", spec, spec.offset_kind != OffsetKind::kNone,
+                "offset_kind '" + offset_kind + "'");
   py::array_t<uint8_t> packed(spec.packed_bytes());
   uint8_t* out = packed.mutable_data();
   py::gil_scoped_release release;
-  const int limit = (1 << bits) - 1;
-  int largest = 0;
-  for (int64_t i = 0; i < spec.m * spec.k; ++i) largest |= code_data[i];
-  check_argument(largest <= limit, "codes must be below 2^", bits);
+  uint8_t largest = 0;
+  for (int64_t i = 0; i < spec.m * spec.k; ++i) largest = std::max(largest, code_data[i]);
+  check_argument(largest < 1 << bits, "codes must be below 2^", bits);
+  check_argument(!spec.ternary() || largest <= 2, "ternary codes must be 0, 1 or 2");
   pack(spec, code_data, scale_data, offset_data, out);
   return packed;
 }
 
 py::tuple unpack_codes(const py::array& packed, int64_t m, int64_t k, int bits, int64_t group_size,
-                       const std::string& offset_kind) {
-  const LinearSpec spec = parse_spec(m, k, bits, group_size, offset_kind, 0);
+                       const std::string& offset_kind, const std::string& encoding,
+                       std::optional<float> scale) {
+  const LinearSpec spec = parse_spec(m, k, bits, group_size, offset_kind, encoding, scale);
   const auto* data = array_data<uint8_t>(packed, "packed", {spec.packed_bytes()}, "uint8");
   const py::dtype half("float16");
   py::array_t<uint8_t> codes({m, k});
@@ -51,8 +59,11 @@ py::tuple unpack_codes(const py::array& packed, int64_t m, int64_t k, int bits, 
     py::gil_scoped_release release;
     unpack(spec, data, code_data, scale_data, offset_data);
   }
-  const bool stored = spec.offset_kind != OffsetKind::kNone;
-  return py::make_tuple(codes, scales, stored ? py::object(offsets) : py::none());
+  const auto if_stored = [](const py::array& array, bool stored) {
+    return stored ? py::object(array) : py::none();
+  };
+  return py::make_tuple(codes, if_stored(scales, spec.scale_kind == ScaleKind::kStored),
+                        if_stored(offsets, spec.offset_kind != OffsetKind::kNone));
 }
 
 py::array_t<float> forward(const PyLinear& self, const py::array& x, ThreadPool& pool,
@@ -82,29 +93,35 @@ Tables parse_tables(const std::string& text) {
 void bind_linear(py::module_& module) {
   module.def(
       "packed_nbytes",
-      [](int64_t m, int64_t k, int bits, int64_t group_size, const std::string& offset_kind) {
-        return parse_spec(m, k, bits, group_size, offset_kind, 0).packed_bytes();
+      [](int64_t m, int64_t k, int bits, int64_t group_size, const std::string& offset_kind,
+         const std::string& encoding, std::optional<float> scale) {
+        return parse_spec(m, k, bits, group_size, offset_kind, encoding, scale).packed_bytes();
       },
       "m"_a, "k"_a, py::kw_only(), "bits"_a, "group_size"_a, "offset_kind"_a,
+      "encoding"_a = "uniform", "scale"_a = py::none(),
       "Bytes of the packed form of a matrix [m, k].");
-  module.def("pack", &pack_codes, "codes"_a, "scales"_a, "offsets"_a = py::none(), py::kw_only(),
-             "bits"_a, "group_size"_a, "offset_kind"_a,
-             "Packs codes [m, k] uint8 with scales and offsets [m, n_groups] float16.");
+  module.def("pack", &pack_codes, "codes"_a, "scales"_a = py::none(), "offsets"_a = py::none(),
+             py::kw_only(), "bits"_a, "group_size"_a, "offset_kind"_a, "encoding"_a = "uniform",
+             "scale"_a = py::none(),
+             "Packs codes [m, k] uint8 with scales (unless the matrix has one scale) and offsets "
+             "[m, n_groups] float16.");
   module.def("unpack", &unpack_codes, "packed"_a, py::kw_only(), "m"_a, "k"_a, "bits"_a,
-             "group_size"_a, "offset_kind"_a,
-             "The codes, scales and offsets (or None) of a packed matrix.");
+             "group_size"_a, "offset_kind"_a, "encoding"_a = "uniform", "scale"_a = py::none(),
+             "The codes, scales and offsets (None where there are none) of a packed matrix.");
 
   py::class_<PyLinear, std::shared_ptr<PyLinear>>(module, "Linear",
                                                   "A packed matrix, ready to be multiplied with.")
       .def(py::init([](const py::array& packed, int64_t m, int64_t k, int bits, int64_t group_size,
-                       const std::string& offset_kind, float zero) {
-             const LinearSpec spec = parse_spec(m, k, bits, group_size, offset_kind, zero);
+                       const std::string& offset_kind, float zero, const std::string& encoding,
+                       std::optional<float> scale) {
+             const LinearSpec spec =
+                 parse_spec(m, k, bits, group_size, offset_kind, encoding, scale, zero);
              const auto* data =
                  array_data<uint8_t>(packed, "packed", {spec.packed_bytes()}, "uint8");
              return std::make_shared<PyLinear>(PyLinear{{spec, data}, packed});
            }),
            "packed"_a, py::kw_only(), "m"_a, "k"_a, "bits"_a, "group_size"_a, "offset_kind"_a,
-           "zero"_a)
+           "zero"_a, "encoding"_a = "uniform", "scale"_a = py::none())
       .def_property_readonly("m", [](const PyLinear& self) { return self.linear.spec.m; })
       .def_property_readonly("k", [](const PyLinear& self) { return self.linear.spec.k; })
       .def_property_readonly("bits", [](const PyLinear& self) { return self.linear.spec.bits; })

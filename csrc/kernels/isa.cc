@@ -19,7 +19,9 @@ namespace {
 // clang-format off
 #include "kernels/scale.inl"
 #include "kernels/build_lut.inl"
+#include "kernels/build_lut_ternary.inl"
 #include "kernels/multiply_tile.inl"
+#include "kernels/multiply_tile_ternary.inl"
 #include "kernels/quantize_rows.inl"
 #include "kernels/unpack_tile.inl"
 #include "kernels/multiply_rows.inl"
@@ -49,7 +51,10 @@ extern const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME);
 const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME) = {
     TMAC_STRING(TMAC_ISA_NAME),
     build_region<Isa>,
+    build_ternary_region<Isa::Ternary>,
+    ternary_places(Isa::Ternary::Trits::kEntries),
     {TMAC_TILES(1), TMAC_TILES(2)},
+    {multiply_ternary_tile<Isa::Ternary, 1>, multiply_ternary_tile<Isa::Ternary, 2>},
     quantize_row<Isa>,
     {TMAC_ROWS(1), TMAC_ROWS(2)},
     multiply_peak<Isa>,

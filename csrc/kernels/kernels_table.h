@@ -16,11 +16,19 @@ struct Kernels {
   // to_token_units is 127 / the token's largest |x|, for Tables::kExact8.
   void (*build_region)(const float* x, Tables tables, float to_token_units, const LutView& lut);
 
+  // The same for the ternary tables of x [96], but for the sums of x. Each region takes up
+  // `ternary_places` places of others.
+  void (*build_ternary_region)(const float* x, Tables tables, float to_token_units,
+                               const LutView& lut);
+  int ternary_places;
+
   // y [n, 32] = one tile of 32 rows times the activations behind `luts` [n]; rows of y are
   // `stride` apart. By parts of the tables - 1, then by bits - 1.
   using MultiplyTile = void (*)(const LinearSpec& spec, const uint8_t* tile, const LutView* luts,
                                 int64_t n, float* y, int64_t stride);
   MultiplyTile multiply_tile[2][kMaxBits];
+  // For ternary weights, by parts of the tables - 1.
+  MultiplyTile multiply_ternary_tile[2];
 
   // One region x [64] of one token as integers: into out [parts][12][64], with sums and unit in
   // lane `lane` of `region`. Units and to_token_units as above.

@@ -1,6 +1,7 @@
 #include "layout/layout.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "core/check.h"
@@ -18,9 +19,10 @@ void walk_tile(const LinearSpec& spec, int64_t tile_at, const Chunk& chunk,
   for (int64_t g = 0; g < spec.n_groups(); ++g) {
     const int64_t group_end_k = std::min(spec.k, (g + 1) * spec.group_size);
     for (int64_t c = 0; c < spec.chunks_in(g); ++c) {
-      const int64_t k0 = g * spec.group_size + c * kChunkWeights;
-      chunk(k0, std::min<int64_t>(kChunkWeights, group_end_k - k0), at);
-      at += spec.chunk_bytes();
+      const int64_t k0 = g * spec.group_size + c * spec.chunk_weights();
+      const int64_t n = std::min(spec.chunk_weights(), group_end_k - k0);
+      chunk(k0, n, at);
+      at += spec.chunk_bytes(n);
     }
     group_end(g, at);
     at += spec.scale_bytes();
@@ -38,6 +40,32 @@ int64_t plane_byte(int bits, int64_t r, int p) {
   return kTileRows * first + r * width + (p - first);
 }
 
+// The n codes of row r of a tile, to and from a chunk of bit planes.
+void pack_planes(int bits, const uint8_t* codes, int64_t n, int64_t r, uint8_t* chunk) {
+  for (int p = 0; p < bits; ++p) {
+    uint8_t byte = 0;
+    for (int64_t i = 0; i < n; ++i) byte |= static_cast<uint8_t>(((codes[i] >> p) & 1) << i);
+    chunk[plane_byte(bits, r, p)] = byte;
+  }
+}
+
+void unpack_planes(int bits, const uint8_t* chunk, int64_t n, int64_t r, uint8_t* codes) {
+  std::memset(codes, 0, static_cast<size_t>(n));
+  for (int p = 0; p < bits; ++p) {
+    const uint8_t byte = chunk[plane_byte(bits, r, p)];
+    for (int64_t i = 0; i < n; ++i) codes[i] |= static_cast<uint8_t>(((byte >> i) & 1) << p);
+  }
+}
+
+void unpack_chunk(const LinearSpec& spec, const uint8_t* chunk, int64_t n, int64_t r,
+                  uint8_t* codes) {
+  if (spec.ternary()) {
+    unpack_ternary(chunk, n, r, codes);
+  } else {
+    unpack_planes(spec.bits, chunk, n, r, codes);
+  }
+}
+
 }  // namespace
 
 void check_spec(const LinearSpec& spec) {
@@ -51,13 +79,19 @@ void check_spec(const LinearSpec& spec) {
   check_argument(spec.group_size == spec.k || (spec.group_size >= 4 && spec.group_size < kMaxSide &&
                                                spec.group_size % kTableWeights == 0),
                  "group_size must be a multiple of 4 or k (", spec.k, "), not ", spec.group_size);
+  check_argument(!spec.ternary() || spec.bits == 2, "ternary codes have 2 bits, not ", spec.bits);
+  check_argument(!spec.ternary() || (spec.offset_kind == OffsetKind::kNone && spec.zero == 1),
+                 "ternary weights have no offsets, and their zero is 1");
+  check_argument(spec.scale_kind == ScaleKind::kStored ||
+                     (spec.ternary() && spec.group_size == spec.k && std::isfinite(spec.scale)),
+                 "a scale for the whole matrix must be finite, and the matrix ternary, its "
+                 "group_size k");
 }
 
 void pack(const LinearSpec& spec, const uint8_t* codes, const uint16_t* scales,
           const uint16_t* offsets, uint8_t* packed) {
   std::memset(packed, 0, static_cast<size_t>(spec.packed_bytes()));
   const int64_t n_groups = spec.n_groups();
-  int64_t plane_at[kMaxBits];
   for (int64_t t = 0; t < spec.n_tiles(); ++t) {
     const int64_t row0 = t * kTileRows;
     const int64_t rows = std::min<int64_t>(kTileRows, spec.m - row0);
@@ -66,20 +100,19 @@ void pack(const LinearSpec& spec, const uint8_t* codes, const uint16_t* scales,
         [&](int64_t k0, int64_t n, int64_t at) {
           for (int64_t r = 0; r < rows; ++r) {
             const uint8_t* row = codes + (row0 + r) * spec.k + k0;
-            for (int p = 0; p < spec.bits; ++p) plane_at[p] = plane_byte(spec.bits, r, p);
-            uint8_t bytes[kMaxBits] = {};
-            for (int64_t i = 0; i < n; ++i) {
-              for (int p = 0; p < spec.bits; ++p) {
-                bytes[p] |= static_cast<uint8_t>(((row[i] >> p) & 1) << i);
-              }
+            if (spec.ternary()) {
+              pack_ternary(row, n, r, packed + at);
+            } else {
+              pack_planes(spec.bits, row, n, r, packed + at);
             }
-            for (int p = 0; p < spec.bits; ++p) packed[at + plane_at[p]] = bytes[p];
           }
         },
         [&](int64_t g, int64_t at) {
           for (int64_t r = 0; r < rows; ++r) {
             const int64_t i = (row0 + r) * n_groups + g;
-            std::memcpy(packed + at + 2 * r, scales + i, 2);
+            if (spec.scale_kind == ScaleKind::kStored) {
+              std::memcpy(packed + at + 2 * r, scales + i, 2);
+            }
             if (spec.offset_kind != OffsetKind::kNone) {
               std::memcpy(packed + at + 2 * (kTileRows + r), offsets + i, 2);
             }
@@ -98,20 +131,15 @@ void unpack(const LinearSpec& spec, const uint8_t* packed, uint8_t* codes, uint1
         spec, t * spec.tile_bytes(),
         [&](int64_t k0, int64_t n, int64_t at) {
           for (int64_t r = 0; r < rows; ++r) {
-            uint8_t* row = codes + (row0 + r) * spec.k + k0;
-            std::memset(row, 0, static_cast<size_t>(n));
-            for (int p = 0; p < spec.bits; ++p) {
-              const uint8_t byte = packed[at + plane_byte(spec.bits, r, p)];
-              for (int64_t i = 0; i < n; ++i) {
-                row[i] |= static_cast<uint8_t>(((byte >> i) & 1) << p);
-              }
-            }
+            unpack_chunk(spec, packed + at, n, r, codes + (row0 + r) * spec.k + k0);
           }
         },
         [&](int64_t g, int64_t at) {
           for (int64_t r = 0; r < rows; ++r) {
             const int64_t i = (row0 + r) * n_groups + g;
-            std::memcpy(scales + i, packed + at + 2 * r, 2);
+            if (spec.scale_kind == ScaleKind::kStored) {
+              std::memcpy(scales + i, packed + at + 2 * r, 2);
+            }
             if (spec.offset_kind != OffsetKind::kNone) {
               std::memcpy(offsets + i, packed + at + 2 * (kTileRows + r), 2);
             }
@@ -125,21 +153,20 @@ void dequantize_row(const LinearSpec& spec, const uint8_t* packed, int64_t row, 
   walk_tile(
       spec, row / kTileRows * spec.tile_bytes(),
       [&](int64_t k0, int64_t n, int64_t at) {
-        for (int64_t i = 0; i < n; ++i) out[k0 + i] = 0;
-        for (int p = 0; p < spec.bits; ++p) {
-          const uint8_t byte = packed[at + plane_byte(spec.bits, r, p)];
-          for (int64_t i = 0; i < n; ++i) {
-            out[k0 + i] += static_cast<float>(((byte >> i) & 1) << p);
-          }
-        }
+        uint8_t codes[kTernaryChunkWeights];
+        unpack_chunk(spec, packed + at, n, r, codes);
+        for (int64_t i = 0; i < n; ++i) out[k0 + i] = static_cast<float>(codes[i]);
       },
       [&](int64_t g, int64_t at) {
-        uint16_t scale_bits, offset_bits = 0;
-        std::memcpy(&scale_bits, packed + at + 2 * r, 2);
+        uint16_t scale_bits = 0, offset_bits = 0;
+        if (spec.scale_kind == ScaleKind::kStored) {
+          std::memcpy(&scale_bits, packed + at + 2 * r, 2);
+        }
         if (spec.offset_kind != OffsetKind::kNone) {
           std::memcpy(&offset_bits, packed + at + 2 * (kTileRows + r), 2);
         }
-        const float scale = half_to_float(scale_bits);
+        const float scale =
+            spec.scale_kind == ScaleKind::kMatrix ? spec.scale : half_to_float(scale_bits);
         const float stored = half_to_float(offset_bits);
         const float zero = spec.offset_kind == OffsetKind::kNone   ? spec.zero
                            : spec.offset_kind == OffsetKind::kZero ? stored

@@ -15,6 +15,19 @@ constexpr int kHalfTables = 2 * kHalfChunks;
 constexpr int kRegionHalves = kRegionChunks / kHalfChunks;
 constexpr int kMultiplierWords = 16;  // that belong to half a region
 
+// Tables of 3 activations for ternary weights: entry j is t0 x0 + t1 x1 + t2 x2 of the t in -1, 0,
+// 1 with t0 + 3 t1 + 9 t2 = j; those of negative numbers are opposite. Each instruction set takes
+// them in its own order, with or without the opposite ones behind. A region of them takes the place
+// of up to 4 others.
+constexpr int kTernaryMagnitudes = 13;
+constexpr int kTernaryRegionTables = kTernaryRegionChunks * kTernaryChunkTables;
+constexpr int kTernaryMostEntries = 32;
+
+constexpr int ternary_places(int table_entries) {
+  return kTernaryRegionTables * table_entries / (kRegionTables * kTableEntries);
+}
+constexpr int kTernaryMostPlaces = ternary_places(kTernaryMostEntries);
+
 // What activations are rounded to. Products of many tokens do without tables (layout/rows.h): there
 // kInt8 means integers of 8 bits, and the other two the same integers as here.
 //
@@ -24,6 +37,8 @@ enum class Tables : uint8_t {
   // int8 entries: round(signed sum / step), |entry| <= 127. The largest entries of a region's
   // tables add up to at most kLimitSum * 127 units, each half a step more by rounding, so that its
   // sums of two weighed planes fit int16: 3 * (85 * 127 + 101 / 2) < 32767.
+  // Ternary: activations are rounded to 1/128 of a step, their sums to steps; kTernaryLimitSum *
+  // 127, and for rounding 0.512 * (256 + 32) units, fit int16: 32660.
   kInt8,
   // Activations rounded to 14 bits (|x| <= 8128 steps), their signed sums kept exactly in two int8
   // tables, low then high: sum = 255 * high + low. Base 255 makes both symmetric:
@@ -38,6 +53,9 @@ constexpr int kTableKinds = 3;
 constexpr int kInt8Max = 127;
 constexpr int kLimitSum = 85;
 constexpr int kMaxMultiplier = 15;  // times 8, the weight of a plane, it fits int8
+constexpr int kTernaryLimitSum = 256;
+constexpr int kTernaryMaxMultiplier = 127;
+constexpr int kTernaryStepBits = 7;
 constexpr int kExactMax = 8128;
 constexpr int kExactMultiplier = 4;
 constexpr int kExactBase = 255;
@@ -49,13 +67,14 @@ constexpr int row_parts(Tables tables) { return tables == Tables::kExact ? 2 : 1
 struct LutView {
   // [halves][parts][nibble][chunk][16]: for each half a region the parts of its tables, of a part
   // first the tables that the low nibbles of its 4 chunks index, then those of the high nibbles.
+  // Ternary: [chunks][parts][tables][entries].
   int8_t* entries;
   // [halves][kMultiplierWords] the tables' multipliers times the weights of bit planes, arranged as
-  // the active instruction set multiplies with them.
+  // the active instruction set multiplies with them. Ternary: [chunks], those of the tables.
   uint32_t* multipliers;
   float* half_unit;         // half the unit of the sums: u = (2^b - 1)/2 + sum 2^(p-1) beta_p
-  float* chunk_sum;         // [chunks] sum of x
-  float* region_sum;        // sum of x
+  float* chunk_sum;         // [chunks] sum of x; not for ternary
+  float* region_sum;        // sum of x; likewise
   const float* token_unit;  // factor of the product: the activations' unit where they have only one
 
   LutView from_region(int64_t region, int parts) const {

@@ -8,5 +8,7 @@ namespace tmac {
 // is summed within a region is an integer, so that all kernels get the same sum.
 constexpr int kRegionWeights = 64;
 constexpr int kRegionChunks = kRegionWeights / kChunkWeights;
+constexpr int kTernaryRegionChunks = 4;
+constexpr int kTernaryRegionWeights = kTernaryRegionChunks * kTernaryChunkWeights;
 
 }  // namespace tmac

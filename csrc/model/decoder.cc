@@ -48,7 +48,8 @@ void check_model(const DecoderConfig& config, const DecoderWeights& weights) {
 
 }  // namespace
 
-// Up to kTokensAtOnce tokens on their way through the layers, as one thread of the team sees it.
+// As many tokens as the plans allow at once on their way through the layers, as one thread of the
+// team sees it.
 struct Decoder::Pass {
   struct Product {
     const Linear& w;
@@ -242,6 +243,16 @@ int64_t Decoder::most_regions() const {
   return most;
 }
 
+int64_t Decoder::tokens_at_once() const {
+  int64_t least = head_plan_.tokens_at_once();
+  for (const LayerPlans& p : plans_) {
+    for (const InputPlan* plan : {&p.qkv, &p.o, &p.gate_up, &p.down}) {
+      least = std::min(least, plan->tokens_at_once());
+    }
+  }
+  return least;
+}
+
 std::unique_ptr<Activations> Decoder::take_activations(int64_t tokens, int threads, int64_t n_ctx) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -274,12 +285,13 @@ void Decoder::forward(const int32_t* ids, int64_t n, bool all, KvCache& cache, T
                    " is outside the vocabulary of ", vocab());
   }
 
+  const int64_t at_once = std::min(n, tokens_at_once());
   std::unique_ptr<Activations> activations =
-      take_activations(std::min(n, kTokensAtOnce), pool.threads(), cache.n_ctx());
+      take_activations(at_once, pool.threads(), cache.n_ctx());
   const int64_t start = cache.pos();
   pool.run([&](Team& team) {
-    for (int64_t first = 0; first < n; first += kTokensAtOnce) {
-      const int64_t tokens = std::min(kTokensAtOnce, n - first);
+    for (int64_t first = 0; first < n; first += at_once) {
+      const int64_t tokens = std::min(at_once, n - first);
       Pass pass(*this, *activations, cache, team, tokens, start + first);
       pass.embed(ids + first);
       for (size_t i = 0; i < weights_.layers.size(); ++i) pass.layer(i);

@@ -18,19 +18,26 @@ InputPlan::InputPlan(std::initializer_list<LinearSpec> readers) {
   }
 }
 
-// The activations of one region of a shape. x [shape.k] -> out [64].
+int64_t InputPlan::tokens_at_once() const {
+  const bool tables_only =
+      std::any_of(sets_.begin(), sets_.end(), [](const Set& set) { return set.shape.ternary; });
+  return tables_only ? kTableTokens : kTokensAtOnce;
+}
+
+// The activations of the i-th region of a shape. x [shape.k] -> out [region_weights].
 void InputPlan::gather(const InputShape& shape, int64_t region, const float* x, float* out) {
-  std::memset(out, 0, sizeof(float) * kRegionWeights);
+  const int64_t chunk_weights = shape.chunk_weights();
+  std::memset(out, 0, sizeof(float) * static_cast<size_t>(shape.region_weights()));
   const int64_t group_size = shape.contiguous() ? shape.k : shape.group_size;
-  const int64_t group_chunks = ceil_div(group_size, kChunkWeights);
-  for (int64_t i = 0; i < kRegionChunks; ++i) {
-    const int64_t chunk = region * kRegionChunks + i;
+  const int64_t group_chunks = ceil_div(group_size, chunk_weights);
+  for (int64_t i = 0; i < shape.region_chunks(); ++i) {
+    const int64_t chunk = region * shape.region_chunks() + i;
     if (chunk >= shape.n_chunks) return;
     const int64_t group = chunk / group_chunks;
-    const int64_t begin = group * group_size + chunk % group_chunks * kChunkWeights;
+    const int64_t begin = group * group_size + chunk % group_chunks * chunk_weights;
     const int64_t end = std::min(shape.k, (group + 1) * group_size);
-    const int64_t n = std::min<int64_t>(kChunkWeights, end - begin);
-    std::memcpy(out + i * kChunkWeights, x + begin, sizeof(float) * static_cast<size_t>(n));
+    const int64_t n = std::min(chunk_weights, end - begin);
+    std::memcpy(out + i * chunk_weights, x + begin, sizeof(float) * static_cast<size_t>(n));
   }
 }
 

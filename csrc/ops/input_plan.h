@@ -4,27 +4,43 @@
 #include <initializer_list>
 #include <vector>
 
-#include "layout/region.h"
+#include "layout/lut.h"
 
 namespace tmac {
+
+// Products of up to this many tokens look up tables; those of more unpack the weights and multiply
+// them with integers.
+constexpr int64_t kTableTokens = 16;
+// Tokens whose inputs are built and read together: weights stream past once for all of them.
+constexpr int64_t kTokensAtOnce = 512;
 
 // How a matrix wants its input cut into chunks. Matrices of equal shape can share their input.
 struct InputShape {
   int64_t k = 0;
-  int64_t group_size = 0;  // 0: chunk c is weights 8c..8c+7; else each group starts a new chunk
+  int64_t group_size = 0;  // 0: chunks follow each other; else each group starts a new chunk
+  bool ternary = false;    // chunks and tables are those of ternary weights
 
   int64_t n_chunks = 0;
 
   explicit InputShape(const LinearSpec& spec)
       : k(spec.k),
         group_size(spec.contiguous_chunks() ? 0 : spec.group_size),
+        ternary(spec.ternary()),
         n_chunks(spec.n_chunks()) {}
-  bool operator==(const InputShape& o) const { return k == o.k && group_size == o.group_size; }
+  bool operator==(const InputShape& o) const {
+    return k == o.k && group_size == o.group_size && ternary == o.ternary;
+  }
   bool contiguous() const { return group_size == 0; }
-  int64_t n_regions() const { return ceil_div(n_chunks, kRegionChunks); }
+  int64_t chunk_weights() const { return ternary ? kTernaryChunkWeights : kChunkWeights; }
+  int64_t region_chunks() const { return ternary ? kTernaryRegionChunks : kRegionChunks; }
+  int64_t region_weights() const { return chunk_weights() * region_chunks(); }
+  // What a region counts: its tables may take up the memory of several others.
+  int64_t places() const { return ternary ? kTernaryMostPlaces : 1; }
+  int64_t n_regions() const { return ceil_div(n_chunks, region_chunks()) * places(); }
 };
 
-// The regions that the readers of one activation vector need: one set for each distinct shape.
+// The regions that the readers of one activation vector need: one set for each distinct shape. A
+// ternary region counts as kTernaryMostPlaces of others.
 class InputPlan {
  public:
   InputPlan(std::initializer_list<LinearSpec> readers);
@@ -32,23 +48,33 @@ class InputPlan {
   int64_t k() const { return sets_[0].shape.k; }
   int64_t n_regions() const { return n_regions_; }
   // True if region i is weights 64 i..64 i + 63 for all readers.
-  bool contiguous() const { return sets_.size() == 1 && sets_[0].shape.contiguous(); }
+  bool contiguous() const {
+    return sets_.size() == 1 && sets_[0].shape.contiguous() && !sets_[0].shape.ternary;
+  }
+  // Tokens that the readers can take in together: there are no integers for ternary weights.
+  int64_t tokens_at_once() const;
   // Where the regions of the i-th reader begin.
   int64_t first_region(size_t reader) const { return reader_regions_[reader]; }
 
-  // Calls visit(region, values [64]) for the regions [begin, end) of x [k]; zeros are padding.
+  // Calls visit(region, ternary, values) for the regions [begin, end) of x [k]; values are 64, or
+  // 96 for ternary weights, and zeros are padding. Ternary regions stand `ternary_places` apart.
   template <typename Visit>
-  void each_region(int64_t begin, int64_t end, const float* x, const Visit& visit) const {
+  void each_region(int64_t begin, int64_t end, int64_t ternary_places, const float* x,
+                   const Visit& visit) const {
     const Set* set = sets_.data();
     for (int64_t region = begin; region < end; ++region) {
       while (region >= set->first_region + set->shape.n_regions()) ++set;
-      const int64_t first = (region - set->first_region) * kRegionWeights;
-      if (set->shape.contiguous() && first + kRegionWeights <= set->shape.k) {
-        visit(region, x + first);
+      const InputShape& shape = set->shape;
+      if ((region - set->first_region) % shape.places() != 0) continue;
+      const int64_t i = (region - set->first_region) / shape.places();
+      const int64_t place = set->first_region + i * (shape.ternary ? ternary_places : 1);
+      const int64_t first = i * shape.region_weights();
+      if (shape.contiguous() && first + shape.region_weights() <= shape.k) {
+        visit(place, shape.ternary, x + first);
       } else {
-        float gathered[kRegionWeights];
-        gather(set->shape, region - set->first_region, x, gathered);
-        visit(region, gathered);
+        float gathered[kTernaryRegionWeights];
+        gather(shape, i, x, gathered);
+        visit(place, shape.ternary, gathered);
       }
     }
   }

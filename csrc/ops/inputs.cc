@@ -60,9 +60,12 @@ void Inputs::build(const InputPlan& plan, int64_t n_tokens, int64_t token, int64
   const bool sets_unit = begin == 0 && end > 0;
   if (reads_tables(n_tokens)) {
     if (sets_unit) luts_.token_unit(token) = unit;
-    plan.each_region(begin, end, x, [&](int64_t region, const float* values) {
-      kernels().build_region(values, tables_, to_units, luts_.view(token, region));
-    });
+    const Kernels& isa = kernels();
+    plan.each_region(
+        begin, end, isa.ternary_places, x, [&](int64_t region, bool ternary, const float* values) {
+          const auto build_region = ternary ? isa.build_ternary_region : isa.build_region;
+          build_region(values, tables_, to_units, luts_.view(token, region));
+        });
     return;
   }
   const RowView view = rows_.view(n_tokens, 0);
@@ -70,7 +73,7 @@ void Inputs::build(const InputPlan& plan, int64_t n_tokens, int64_t token, int64
   const int lane = static_cast<int>(token - view.blocks.first_token(block));
   if (sets_unit) view.token_unit[block * kTokenLanes + lane] = unit;
   const bool fill_pair = token % 2 == 0 && token + 1 == n_tokens;
-  plan.each_region(begin, end, x, [&](int64_t region, const float* values) {
+  plan.each_region(begin, end, 1, x, [&](int64_t region, bool, const float* values) {
     int8_t* out = view.integers_at(block, region) + lane * kRegionWeights;
     RowRegion* numbers = &view.region(block, region);
     kernels().quantize_row(values, tables_, to_units, lane, out, numbers);

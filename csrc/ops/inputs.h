@@ -9,12 +9,6 @@
 
 namespace tmac {
 
-// Products of up to this many tokens look up tables; those of more unpack the weights and multiply
-// them with integers.
-constexpr int64_t kTableTokens = 16;
-// Tokens whose inputs are built and read together: weights stream past once for all of them.
-constexpr int64_t kTokensAtOnce = 512;
-
 constexpr bool reads_tables(int64_t n_tokens) { return n_tokens <= kTableTokens; }
 // Tiles that one product works on together: what threads should be dealt.
 constexpr int64_t tiles_at_once(int64_t n_tokens) {

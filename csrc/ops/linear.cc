@@ -9,7 +9,9 @@ namespace {
 void look_up_tiles(const Linear& w, Inputs& inputs, int64_t first_region, int64_t n_tokens,
                    int64_t tile_begin, int64_t tile_end, float* y, int64_t stride) {
   const int parts = table_parts(inputs.tables());
-  const auto multiply = kernels().multiply_tile[parts - 1][w.spec.bits - 1];
+  const Kernels& isa = kernels();
+  const auto multiply = w.spec.ternary() ? isa.multiply_ternary_tile[parts - 1]
+                                         : isa.multiply_tile[parts - 1][w.spec.bits - 1];
   LutView views[kTableTokens];
   for (int64_t t = 0; t < n_tokens; ++t) views[t] = inputs.luts().view(t, first_region);
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
@@ -54,11 +56,12 @@ void linear_forward(const Linear& w, Tables tables, const float* x, int64_t n, f
                     ThreadPool& pool) {
   kernels();  // throws, if it must, before the threads set out
   const InputPlan plan({w.spec});
-  Inputs inputs(tables, plan.n_regions(), std::min(n, kTokensAtOnce), pool.threads());
+  const int64_t at_once = std::min(n, plan.tokens_at_once());
+  Inputs inputs(tables, plan.n_regions(), at_once, pool.threads());
   const int64_t k = w.spec.k, m = w.spec.m;
   pool.run([&](Team& team) {
-    for (int64_t first = 0; first < n; first += kTokensAtOnce) {
-      const int64_t tokens = std::min(kTokensAtOnce, n - first);
+    for (int64_t first = 0; first < n; first += at_once) {
+      const int64_t tokens = std::min(at_once, n - first);
       inputs.build_all(team, plan, tokens, x + first * k, k);
       for_tiles(team, w.spec.n_tiles(), tiles_at_once(tokens), [&](int64_t begin, int64_t end) {
         multiply_tiles(team, w, inputs, plan.first_region(0), tokens, begin, end, y + first * m, m);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "layout/lut.h"
 #include "simd/x86_dot.h"
 
 // AVX2, FMA and F16C; with the VNNI instructions of 256 bits where the compiler is told so: 32
@@ -17,8 +18,10 @@ namespace {
 
 struct Avx2 {
   using Narrow = Avx2;
+  using Ternary = Avx2;
   using B = __m256i;
   using I = __m256i;
+  using W = __m256i;
   using F = __m256;
   static constexpr int kBytes = 32;
   static constexpr int kFloats = 8;
@@ -135,6 +138,77 @@ struct Avx2 {
     }
     I sum(int i) const { return widen(acc[i % 2], i / 2); }
   };
+  // Steps: the bytes of tables 6 7, 4 5, 2 3, 0 1 of all rows. A sign takes effect in bit 7, and
+  // needs another bit set, or the product is 0.
+  struct Trits {
+    static constexpr int kSteps = 4, kAccumulators = 2, kEntries = 16, kWords = 4;
+    I acc[2] = {zero_i(), zero_i()};  // as for a Single
+    struct Chunk {
+      explicit Chunk(const uint8_t* codes) : bytes(codes), signs(with_bit0(Avx2::load(codes))) {}
+      const uint8_t* bytes;
+      B signs;  // doubled from table to table
+    };
+    struct Index {
+      B low, low_signs, high, high_signs;
+    };
+    template <int kStep>
+    static Index index(Chunk& chunk) {
+      const B b = Avx2::load(chunk.bytes + kTileRows * (kSteps - kStep));
+      const B high_signs = chunk.signs;
+      const B low_signs = kStep + 1 == kSteps
+                              ? with_bit0(_mm256_slli_epi16(Avx2::load(chunk.bytes), 7))
+                              : _mm256_add_epi8(high_signs, high_signs);
+      chunk.signs = _mm256_add_epi8(low_signs, low_signs);
+      return {Avx2::low(b), low_signs, Avx2::high(b), high_signs};
+    }
+    template <int kStep>
+    void add(const Index& index, const int8_t* entries, const uint32_t* multipliers) {
+      constexpr int kPair = kSteps - 1 - kStep;
+      const B low =
+          _mm256_sign_epi8(lookup(table(entries + 32 * kPair), index.low), index.low_signs);
+      const B high =
+          _mm256_sign_epi8(lookup(table(entries + 32 * kPair + 16), index.high), index.high_signs);
+      const B w = Planes::weights(multipliers, kPair);
+      acc[0] = add_pairs(acc[0], w, _mm256_unpacklo_epi8(low, high));
+      acc[1] = add_pairs(acc[1], w, _mm256_unpackhi_epi8(low, high));
+    }
+    I sum(int i) const { return widen(acc[i % 2], i / 2); }
+
+    static void write_tables(const W (&pairs)[8], int8_t* out, int64_t chunk_bytes) {
+      each_table(pairs, [&](int t, B tables) {
+        write_lanes(tables, out + kEntries * t, out + kEntries * t + chunk_bytes);
+      });
+    }
+    // Words 0-3: tables 0 1, 2 3, 4 5, 6 7.
+    static void write_multipliers(W m, uint32_t* out) {
+      const B order = _mm256_broadcastsi128_si256(
+          _mm_setr_epi8(0, 2, 0, 2, 4, 6, 4, 6, 8, 10, 8, 10, 12, 14, 12, 14));
+      _mm256_storeu_si256(reinterpret_cast<I*>(out), _mm256_shuffle_epi8(m, order));
+    }
+    // Calls visit(t, table t of both chunks) for 8 tables, whose entries 2 i and 2 i + 1 are the
+    // bytes of word t of pairs[i].
+    template <typename Visit>
+    static void each_table(const W (&pairs)[8], const Visit& visit) {
+      for (int half = 0; half < 2; ++half) {  // tables 0-3, 4-7
+        B fours[4];                           // 4 entries of tables 0 1 | 2 3, 8 entries of each
+        for (int i = 0; i < 4; i += 2) {
+          const B first = half == 0 ? _mm256_unpacklo_epi16(pairs[2 * i], pairs[2 * i + 1])
+                                    : _mm256_unpackhi_epi16(pairs[2 * i], pairs[2 * i + 1]);
+          const B second = half == 0 ? _mm256_unpacklo_epi16(pairs[2 * i + 2], pairs[2 * i + 3])
+                                     : _mm256_unpackhi_epi16(pairs[2 * i + 2], pairs[2 * i + 3]);
+          fours[i] = _mm256_unpacklo_epi32(first, second);
+          fours[i + 1] = _mm256_unpackhi_epi32(first, second);
+        }
+        for (int i = 0; i < 2; ++i) {
+          visit(4 * half + 2 * i, _mm256_unpacklo_epi64(fours[i], fours[i + 2]));
+          visit(4 * half + 2 * i + 1, _mm256_unpackhi_epi64(fours[i], fours[i + 2]));
+        }
+      }
+    }
+
+   private:
+    static B with_bit0(B b) { return _mm256_or_si256(b, _mm256_set1_epi8(1)); }
+  };
   static I add_pairs(I acc, B weights, B sums) {
     return _mm256_add_epi16(acc, _mm256_maddubs_epi16(weights, sums));
   }
@@ -215,6 +289,19 @@ struct Avx2 {
     store_f(lanes[2], _mm256_shuffle_ps(high01, high23, 0x44));
     store_f(lanes[3], _mm256_shuffle_ps(high01, high23, 0xEE));
   }
+  static void deal_threes(const float* x, F (&lanes)[kTernaryTableWeights]) {
+    const F v0 = load_f(x), v1 = load_f(x + 8), v2 = load_f(x + 16);
+    // x[3 t + i] stands in lane (3 t + i) % 8 of one of the three vectors.
+    const auto deal = [](F a, F b, F c, int first) {
+      const I order = _mm256_and_si256(
+          _mm256_add_epi32(_mm256_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21), _mm256_set1_epi32(first)),
+          _mm256_set1_epi32(7));
+      return _mm256_permutevar8x32_ps(_mm256_blend_ps(_mm256_blend_ps(a, b, 0x92), c, 0x24), order);
+    };
+    lanes[0] = deal(v0, v1, v2, 0);  // lanes 0 3 6, 1 4 7, 2 5
+    lanes[1] = deal(v2, v0, v1, 1);  // lanes 1 4 7, 2 5, 0 3 6
+    lanes[2] = deal(v1, v2, v0, 2);  // lanes 2 5, 0 3 6, 1 4 7
+  }
   static void write_tables(const int32_t (*entries)[8], int8_t* out) {
     const auto row = [&](int e) { return load(reinterpret_cast<const uint8_t*>(entries[e])); };
     // Four entries of every table as bytes: lane 0 tables 0-3, lane 1 tables 4-7.
@@ -265,6 +352,7 @@ struct Avx2 {
   }
 
   static constexpr int kDotVectors = 2;
+  static I sub_words(I a, I b) { return _mm256_sub_epi16(a, b); }
   static I add_words(I a, I b) { return _mm256_add_epi16(a, b); }
   static I multiply_pairs(I codes, I q) { return _mm256_maddubs_epi16(codes, q); }
   static I multiply_words(I a, I b) { return _mm256_madd_epi16(a, b); }
@@ -276,6 +364,20 @@ struct Avx2 {
   template <int kShift>
   static I shift_words_right(I a) {
     return _mm256_srai_epi16(a, kShift);
+  }
+  template <int kShift>
+  static I shift_words_right_unsigned(I a) {
+    return _mm256_srli_epi16(a, kShift);
+  }
+  static I words(I a, I b) {
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), _MM_SHUFFLE(3, 1, 2, 0));
+  }
+  static I join_bytes(I low, I high) {
+    return _mm256_or_si256(_mm256_and_si256(low, set_words(255)), shift_words_left<8>(high));
+  }
+  static void write_lanes(B b, int8_t* low, int8_t* high) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm256_castsi256_si128(b));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm256_extracti128_si256(b, 1));
   }
   static void store(uint8_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<I*>(p), a); }
 #ifdef TMAC_AVX2_DOT

@@ -13,6 +13,11 @@ namespace {
 
 struct Avx512 {
   using Narrow = Avx2;
+#ifdef __AVX512VBMI__
+  using Ternary = Avx512;
+#else
+  using Ternary = Avx2;
+#endif
   using B = __m512i;
   using I = __m512i;
   using F = __m512;
@@ -175,6 +180,76 @@ struct Avx512 {
     }
   };
   using Single = SingleDots<2>;
+  // Steps: the bytes of tables 0-3 and of tables 4-7 of all rows, two tables of a row side by side:
+  // tables t and t + 2 in the bytes of a word, each with the entries of positive numbers, then
+  // those of negative ones.
+  struct Trits {
+    static constexpr int kSteps = 2, kAccumulators = 1, kEntries = 32, kWords = 4;
+    B acc = zero_i();  // int16 sums of a row
+    struct Chunk {
+      explicit Chunk(const uint8_t* codes) : bytes(codes) {
+        const B signs = both_bytes(_mm512_castsi256_si512(Avx2::load(codes)), 0);
+        // Bits 0 2 4 6: the signs of tables 0 1 4 5, in the second byte of tables 2 3 6 7; above
+        // each the bit that chooses between the two tables of a register.
+        selectors = _mm512_gf2p8affine_epi64_epi8(signs, _mm512_set1_epi64(0x0100020010002000), 0);
+        selectors = _mm512_mask_gf2p8affine_epi64_epi8(selectors, 0xAAAAAAAAAAAAAAAA, signs,
+                                                       _mm512_set1_epi64(0x0400080040008000), 0xAA);
+      }
+      const uint8_t* bytes;
+      B selectors;
+    };
+    template <int kStep>
+    static Index index(const Chunk& chunk) {
+      const B b = both_bytes(Avx512::load(chunk.bytes + kTileRows * (1 + 2 * kStep)), 32);
+      const B low = kStep == 0 ? _mm512_slli_epi16(chunk.selectors, 4) : chunk.selectors;
+      const B high = kStep == 0 ? _mm512_slli_epi16(chunk.selectors, 2)
+                                : _mm512_srli_epi16(chunk.selectors, 2);
+      constexpr int kChoose = 0xE2;  // b ? a : c
+      const B nibble = _mm512_set1_epi8(15), shifted = _mm512_srli_epi16(b, 4);
+      return {_mm512_ternarylogic_epi32(b, nibble, low, kChoose),
+              _mm512_ternarylogic_epi32(shifted, nibble, high, kChoose)};
+    }
+    template <int kStep>
+    void add(const Index& index, const int8_t* entries, const uint32_t* multipliers) {
+      const auto add_two = [&](int i, B b) {
+        const B sums = _mm512_permutexvar_epi8(b, _mm512_loadu_si512(entries + 64 * i));
+        acc = _mm512_add_epi16(acc, _mm512_maddubs_epi16(weights(multipliers, i), sums));
+      };
+      add_two(2 * kStep, index.low);
+      add_two(2 * kStep + 1, index.high);
+    }
+    I sum(int i) const {
+      return _mm512_cvtepi16_epi32(i == 0 ? _mm512_castsi512_si256(acc)
+                                          : _mm512_extracti64x4_epi64(acc, 1));
+    }
+
+    // Tables 0 2, 1 3, 4 6, 5 7.
+    static void write_tables(const Avx2::W (&pairs)[8], int8_t* out, int64_t chunk_bytes) {
+      Avx2::Trits::each_table(pairs, [&](int t, __m256i tables) {
+        int8_t* at = out + t / 4 * 128 + t % 2 * 64 + t / 2 % 2 * 32;
+        Avx2::write_lanes(tables, at, at + chunk_bytes);
+        const __m256i negated = _mm256_sub_epi8(_mm256_setzero_si256(), tables);
+        Avx2::write_lanes(negated, at + 16, at + 16 + chunk_bytes);
+      });
+    }
+    static void write_multipliers(Avx2::W m, uint32_t* out) {
+      const __m256i order = _mm256_broadcastsi128_si256(
+          _mm_setr_epi8(0, 4, 0, 4, 2, 6, 2, 6, 8, 12, 8, 12, 10, 14, 10, 14));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_shuffle_epi8(m, order));
+    }
+
+   private:
+    // Byte r and byte r + `distance` as word r.
+    static B both_bytes(B b, int distance) {
+      B order = _mm512_cvtepu8_epi16(_mm256_load_si256(reinterpret_cast<const __m256i*>(kRows)));
+      order = _mm512_or_si512(order, _mm512_slli_epi16(order, 8));
+      return _mm512_permutexvar_epi8(
+          _mm512_add_epi8(order, _mm512_set1_epi16(static_cast<short>(distance << 8))), b);
+    }
+    alignas(32) static constexpr uint8_t kRows[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
+                                                      11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                                      22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+  };
   // Which of up to four tables side by side a byte looks up (`tables`), and which entry.
   static Index table_indices(B b, B tables) {
     constexpr int kAndOr = 0xEA;  // (a & b) | c

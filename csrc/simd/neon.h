@@ -14,8 +14,10 @@ namespace {
 
 struct Neon {
   using Narrow = Neon;
+  using Ternary = Neon;
   using B = int8x16_t;
   using I = int32x4_t;
+  using W = int16x8_t;
   using F = float32x4_t;
   static constexpr int kBytes = 16;
   static constexpr int kFloats = 4;
@@ -116,10 +118,73 @@ struct Neon {
       acc[v].add(low_sums(index, entries, c), one(multipliers, c));
       acc[v].add(high_sums(index, entries, c), one(multipliers, 4 + c));
     }
-    I sum(int i) const {
-      const Wide& w = acc[i / 4];
-      const int16x8_t half = i % 4 < 2 ? w.lo : w.hi;
-      return vmovl_s16(i % 2 == 0 ? vget_low_s16(half) : vget_high_s16(half));
+    I sum(int i) const { return widen(acc[i / 4], i % 4); }
+  };
+  static I widen(const Wide& w, int quarter) {
+    const int16x8_t half = quarter < 2 ? w.lo : w.hi;
+    return vmovl_s16(quarter % 2 == 0 ? vget_low_s16(half) : vget_high_s16(half));
+  }
+  // Steps: the bytes of two tables for rows 0-15, then for rows 16-31.
+  struct Trits {
+    static constexpr int kSteps = 8, kAccumulators = 4, kEntries = 32, kWords = 8;
+    Wide acc[2] = {};
+    struct Chunk {
+      explicit Chunk(const uint8_t* codes)
+          : bytes(codes), signs{vld1q_u8(codes), vld1q_u8(codes + 16)} {}
+      const uint8_t* bytes;
+      uint8x16_t signs[2];
+    };
+    // Brings the sign of table t to bit 4.
+    template <int t>
+    static uint8x16_t sign(uint8x16_t signs) {
+      if constexpr (t < 4) return vshlq_n_u8(signs, 4 - t);
+      if constexpr (t > 4) return vshrq_n_u8(signs, t - 4);
+      return signs;
+    }
+    template <int kStep>
+    static Index index(const Chunk& chunk) {
+      constexpr int kTable = kStep / 2 * 2, kHalf = kStep % 2;
+      const B b = Neon::load(chunk.bytes + kTileRows * (1 + kStep / 2) + 16 * kHalf);
+      const auto with_sign = [](B nibbles, uint8x16_t signs) {
+        return vreinterpretq_s8_u8(vbslq_u8(vdupq_n_u8(16), signs, vreinterpretq_u8_s8(nibbles)));
+      };
+      return {with_sign(Neon::low(b), sign<kTable>(chunk.signs[kHalf])),
+              with_sign(Neon::high(b), sign<kTable + 1>(chunk.signs[kHalf]))};
+    }
+    template <int kStep>
+    void add(const Index& index, const int8_t* entries, const uint32_t* multipliers) {
+      constexpr int kTable = kStep / 2 * 2;
+      const auto look_up = [&](int t, B b) {
+        return vqtbl2q_s8(vld1q_s8_x2(entries + kEntries * t), vreinterpretq_u8_s8(b));
+      };
+      acc[kStep % 2].add(look_up(kTable, index.low), Planes::one(multipliers, kTable));
+      acc[kStep % 2].add(look_up(kTable + 1, index.high), Planes::one(multipliers, kTable + 1));
+    }
+    I sum(int i) const { return widen(acc[i / 4], i % 4); }
+
+    static void write_tables(const W (&pairs)[8], int8_t* out, int64_t) {
+      int16x8x2_t twos[4];  // 4 entries of tables 0-3, 4-7
+      for (int i = 0; i < 4; ++i) twos[i] = vzipq_s16(pairs[2 * i], pairs[2 * i + 1]);
+      for (int half = 0; half < 2; ++half) {
+        int32x4x2_t fours[2];  // 8 entries of tables 0 1, 2 3 of the half
+        for (int i = 0; i < 2; ++i) {
+          fours[i] = vzipq_s32(vreinterpretq_s32_s16(twos[2 * i].val[half]),
+                               vreinterpretq_s32_s16(twos[2 * i + 1].val[half]));
+        }
+        for (int i = 0; i < 2; ++i) {
+          const int64x2_t low = vreinterpretq_s64_s32(fours[0].val[i]),
+                          high = vreinterpretq_s64_s32(fours[1].val[i]);
+          for (const int64x2_t entries : {vzip1q_s64(low, high), vzip2q_s64(low, high)}) {
+            vst1q_s8(out, vreinterpretq_s8_s64(entries));
+            vst1q_s8(out + 16, vnegq_s8(vreinterpretq_s8_s64(entries)));
+            out += kEntries;
+          }
+        }
+      }
+    }
+    static void write_multipliers(W m, uint32_t* out) {
+      vst1q_s32(reinterpret_cast<int32_t*>(out), vmovl_s16(vget_low_s16(m)));
+      vst1q_s32(reinterpret_cast<int32_t*>(out) + 4, vmovl_s16(vget_high_s16(m)));
     }
   };
   // The planes of table 0-7, lowest first.
@@ -166,6 +231,27 @@ struct Neon {
       vst1q_f32(lanes[i] + kHalfChunks, vuzp2q_f32(first.val[i], second.val[i]));
     }
   }
+  static void deal_threes(const float* x, F (&lanes)[kTernaryTableWeights]) {
+    const float32x4x3_t dealt = vld3q_f32(x);
+    for (int i = 0; i < kTernaryTableWeights; ++i) lanes[i] = dealt.val[i];
+  }
+  static W words(I a, I b) { return vcombine_s16(vmovn_s32(a), vmovn_s32(b)); }
+  static W set_words(int16_t x) { return vdupq_n_s16(x); }
+  static W add_words(W a, W b) { return vaddq_s16(a, b); }
+  static W sub_words(W a, W b) { return vsubq_s16(a, b); }
+  template <int kShift>
+  static W shift_words_left(W a) {
+    return vshlq_n_s16(a, kShift);
+  }
+  template <int kShift>
+  static W shift_words_right(W a) {
+    return vshrq_n_s16(a, kShift);
+  }
+  template <int kShift>
+  static W shift_words_right_unsigned(W a) {
+    return vreinterpretq_s16_u16(vshrq_n_u16(vreinterpretq_u16_s16(a), kShift));
+  }
+  static W join_bytes(W low, W high) { return vsliq_n_s16(low, high, 8); }
   static void write_tables(const int32_t (*entries)[kHalfTables], int8_t* out) {
     Scalar::write_tables(entries, out);
   }

@@ -14,11 +14,15 @@ namespace {
 
 struct Scalar {
   using Narrow = Scalar;
+  using Ternary = Scalar;
   struct B {
     int8_t v[16];
   };
   struct I {
     int32_t v[4];
+  };
+  struct W {
+    int16_t v[8];
   };
   struct F {
     float v[4];
@@ -106,6 +110,52 @@ struct Scalar {
   static void write_multipliers(const int32_t* m, uint32_t* out) {
     for (int t = 0; t < kHalfTables; ++t) out[t] = static_cast<uint32_t>(m[t]);
   }
+  // Steps: the bytes of two tables for rows 0-15, then for rows 16-31. A table has the entries of
+  // positive numbers, then those of negative ones.
+  struct Trits {
+    static constexpr int kSteps = 8, kAccumulators = 8, kEntries = 32, kWords = 8;
+    I rows[8] = {};
+    struct Chunk {
+      explicit Chunk(const uint8_t* codes) : bytes(codes) {}
+      const uint8_t* bytes;
+    };
+    template <int kStep>
+    static Index index(const Chunk& chunk) {
+      const uint8_t* at = chunk.bytes + kStep % 2 * 16;
+      const B b = Scalar::load(at + kTileRows * (1 + kStep / 2)), signs = Scalar::load(at);
+      Index index{Scalar::low(b), Scalar::high(b)};
+      for (int i = 0; i < 16; ++i) {
+        const int both = signs.v[i] >> kStep / 2 * 2;
+        index.low.v[i] = static_cast<int8_t>(index.low.v[i] | (both & 1) << 4);
+        index.high.v[i] = static_cast<int8_t>(index.high.v[i] | (both & 2) << 3);
+      }
+      return index;
+    }
+    template <int kStep>
+    void add(const Index& index, const int8_t* entries, const uint32_t* multipliers) {
+      constexpr int kTable = kStep / 2 * 2;
+      const int8_t* table = entries + kTable * kEntries;
+      const int32_t* m = reinterpret_cast<const int32_t*>(multipliers + kTable);
+      for (int i = 0; i < 16; ++i) {
+        rows[kStep % 2 * 4 + i / 4].v[i % 4] +=
+            m[0] * table[index.low.v[i]] + m[1] * table[kEntries + index.high.v[i]];
+      }
+    }
+    I sum(int i) const { return rows[i]; }
+
+    static void write_tables(const W (&pairs)[8], int8_t* out, int64_t) {
+      for (int t = 0; t < kTernaryChunkTables; ++t, out += kEntries) {
+        for (int e = 0; e < 16; ++e) {
+          const int byte = pairs[e / 2].v[t] >> e % 2 * 8;
+          out[e] = static_cast<int8_t>(byte);
+          out[16 + e] = static_cast<int8_t>(-out[e]);
+        }
+      }
+    }
+    static void write_multipliers(const W& m, uint32_t* out) {
+      for (int t = 0; t < kTernaryChunkTables; ++t) out[t] = static_cast<uint32_t>(m.v[t]);
+    }
+  };
 
   static I zero_i() { return I{}; }
   template <int kShift>
@@ -199,6 +249,45 @@ struct Scalar {
         lanes[i][t % 2 * kHalfChunks + t / 2] = x[kTableWeights * t + i];
       }
     }
+  }
+  static void deal_threes(const float* x, F (&lanes)[kTernaryTableWeights]) {
+    for (int t = 0; t < kFloats; ++t) {
+      for (int i = 0; i < kTernaryTableWeights; ++i)
+        lanes[i].v[t] = x[kTernaryTableWeights * t + i];
+    }
+  }
+  static W words(const I& a, const I& b) {
+    W w;
+    for (int i = 0; i < 8; ++i) w.v[i] = static_cast<int16_t>(i < 4 ? a.v[i] : b.v[i - 4]);
+    return w;
+  }
+  static W set_words(int16_t x) { return W{{x, x, x, x, x, x, x, x}}; }
+  template <typename Operation>
+  static W each_word(const W& a, const W& b, const Operation& operation) {
+    W w;
+    for (int i = 0; i < 8; ++i) w.v[i] = static_cast<int16_t>(operation(a.v[i], b.v[i]));
+    return w;
+  }
+  static W add_words(const W& a, const W& b) {
+    return each_word(a, b, [](int x, int y) { return x + y; });
+  }
+  static W sub_words(const W& a, const W& b) {
+    return each_word(a, b, [](int x, int y) { return x - y; });
+  }
+  template <int kShift>
+  static W shift_words_left(const W& a) {
+    return each_word(a, a, [](int x, int) { return x * (1 << kShift); });
+  }
+  template <int kShift>
+  static W shift_words_right(const W& a) {
+    return each_word(a, a, [](int x, int) { return x >> kShift; });
+  }
+  template <int kShift>
+  static W shift_words_right_unsigned(const W& a) {
+    return each_word(a, a, [](int x, int) { return static_cast<uint16_t>(x) >> kShift; });
+  }
+  static W join_bytes(const W& low, const W& high) {
+    return each_word(low, high, [](int x, int y) { return (x & 255) | y * 256; });
   }
   // Entry e is -entry (15 - e).
   static void write_tables(const int32_t (*entries)[kHalfTables], int8_t* out) {

@@ -22,18 +22,28 @@ def active_isa() -> str: ...
 
 OffsetKind = Literal["none", "offset", "zero"]
 Tables = Literal["int8", "exact", "exact8"]
+Encoding = Literal["uniform", "ternary"]
 
 def packed_nbytes(
-    m: int, k: int, *, bits: int, group_size: int, offset_kind: OffsetKind
+    m: int,
+    k: int,
+    *,
+    bits: int,
+    group_size: int,
+    offset_kind: OffsetKind,
+    encoding: Encoding = "uniform",
+    scale: float | None = None,
 ) -> int: ...
 def pack(
     codes: NDArray[np.uint8],
-    scales: NDArray[np.float16],
+    scales: NDArray[np.float16] | None = None,
     offsets: NDArray[np.float16] | None = None,
     *,
     bits: int,
     group_size: int,
     offset_kind: OffsetKind,
+    encoding: Encoding = "uniform",
+    scale: float | None = None,
 ) -> NDArray[np.uint8]: ...
 def unpack(
     packed: NDArray[np.uint8],
@@ -43,7 +53,9 @@ def unpack(
     bits: int,
     group_size: int,
     offset_kind: OffsetKind,
-) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16] | None]: ...
+    encoding: Encoding = "uniform",
+    scale: float | None = None,
+) -> tuple[NDArray[np.uint8], NDArray[np.float16] | None, NDArray[np.float16] | None]: ...
 
 class Linear:
     def __init__(
@@ -56,6 +68,8 @@ class Linear:
         group_size: int,
         offset_kind: OffsetKind,
         zero: float,
+        encoding: Encoding = "uniform",
+        scale: float | None = None,
     ) -> None: ...
     @property
     def m(self) -> int: ...

@@ -14,7 +14,7 @@ import xxhash
 from tmac_py.config import ModelConfig
 from tmac_py.errors import ModelFileError, TmacError
 from tmac_py.quant import MAX_BITS
-from tmac_py.spec import LAYOUT, LinearSpec, OffsetKind
+from tmac_py.spec import LAYOUTS, LinearSpec, OffsetKind
 
 FORMAT_VERSION = 1
 """Version written into, and the newest one read from, a .lut file."""
@@ -30,6 +30,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _METADATA_KEYS = ("tmac.config", "tmac.tensors", "tmac.source", "tmac.header")
 _ROW_TILE = 32
 _CHUNK = 8
+_TERNARY_CHUNK = 24
 
 TensorKind = Literal["linear", "float", "file"]
 
@@ -62,19 +63,29 @@ class Header:
 
 
 def packed_nbytes(spec: LinearSpec) -> int:
-    """Bytes of a packed matrix in the layout "planes421-m32"."""
+    """Bytes of a packed matrix."""
     full_groups, ragged = divmod(spec.k, spec.group_size)
-    chunks = full_groups * -(-spec.group_size // _CHUNK) + -(-ragged // _CHUNK)
     n_groups = full_groups + (ragged > 0)
-    constants = 2 * _ROW_TILE * (1 if spec.offset_kind == "none" else 2)
-    tile = chunks * _ROW_TILE * spec.bits + n_groups * constants
-    return -(-spec.m // _ROW_TILE) * _round_up(tile)
+    constants = (spec.scale is None) + (spec.offset_kind != "none")
+    codes = full_groups * _row_bytes(spec, spec.group_size) + _row_bytes(spec, ragged)
+    tile = codes * _ROW_TILE + n_groups * constants * 2 * _ROW_TILE
+    padding = 0 if spec.scale is None else ALIGNMENT
+    return -(-spec.m // _ROW_TILE) * _round_up(tile) + padding
+
+
+def _row_bytes(spec: LinearSpec, n: int) -> int:
+    """Bytes that the codes of a row take in a group of n weights."""
+    if spec.encoding == "uniform":
+        return -(-n // _CHUNK) * spec.bits
+    full, rest = divmod(n, _TERNARY_CHUNK)
+    return full * (1 + _TERNARY_CHUNK // 6) + (1 + max(2, -(-rest // 6)) if rest else 0)
 
 
 def check_spec(spec: LinearSpec) -> None:
     """Raise ModelFileError, naming the field, unless ``spec`` is one that this version can hold."""
-    if spec.layout != LAYOUT:
-        raise ModelFileError(f"layout {spec.layout!r} is not known ({LAYOUT})")
+    if spec.layout not in LAYOUTS.values():
+        known = ", ".join(LAYOUTS.values())
+        raise ModelFileError(f"layout {spec.layout!r} is not known ({known})")
     for field, value in (("m", spec.m), ("k", spec.k), ("group_size", spec.group_size)):
         if not _is_count(value) or not 1 <= value < 2**31:
             raise ModelFileError(f"{field} must be a positive integer, found {value!r}")
@@ -90,6 +101,16 @@ def check_spec(spec: LinearSpec) -> None:
         )
     if not isinstance(spec.zero, float) or not math.isfinite(spec.zero):
         raise ModelFileError(f"zero must be a finite number, found {spec.zero!r}")
+    if spec.encoding == "ternary" and (spec.bits, spec.offset_kind, spec.zero) != (2, "none", 1):
+        raise ModelFileError(
+            f"layout {spec.layout} needs bits 2, offset_kind none and zero 1, "
+            f"found {spec.bits}, {spec.offset_kind} and {spec.zero}"
+        )
+    if spec.scale is not None:
+        if not isinstance(spec.scale, float) or not math.isfinite(spec.scale):
+            raise ModelFileError(f"scale must be a finite number, found {spec.scale!r}")
+        if spec.encoding != "ternary" or spec.group_size != spec.k:
+            raise ModelFileError("scale needs a ternary layout, and group_size k")
 
 
 def check_shapes(config: ModelConfig, entries: Iterable[TensorEntry]) -> None:
@@ -126,7 +147,7 @@ def build_header(
     tensors: dict[str, dict[str, Any]] = {}
     header: dict[str, Any] = {"__metadata__": {}}
     for entry in entries:
-        tensors[entry.name] = {**(asdict(entry.spec) if entry.spec else {}), "xxh3": entry.xxh3}
+        tensors[entry.name] = {**_describe(entry.spec), "xxh3": entry.xxh3}
         header[entry.name] = {
             "dtype": "F32" if entry.kind == "float" else "U8",
             "shape": list(entry.shape) if entry.kind == "float" else [entry.nbytes],
@@ -254,9 +275,14 @@ def _parse_entry(name: str, info: object, described: object) -> TensorEntry:
     )
 
 
+def _describe(spec: LinearSpec | None) -> dict[str, Any]:
+    fields = {} if spec is None else asdict(spec)
+    return {key: value for key, value in fields.items() if value is not None}
+
+
 def _parse_spec(fields: Mapping[str, Any]) -> LinearSpec:
-    names = set(LinearSpec.__dataclass_fields__)
-    if set(fields) != names:
+    names = set(LinearSpec.__dataclass_fields__) - {"scale"}
+    if set(fields) - {"scale"} != names:
         raise ModelFileError(f"tmac.tensors must hold exactly {', '.join(sorted(names))} and xxh3")
     spec = LinearSpec(**fields)
     check_spec(spec)

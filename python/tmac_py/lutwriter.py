@@ -185,7 +185,8 @@ def _largest_header(
     entries = []
     for name, shape in config.tensor_shapes().items():
         if len(shape) == 2:
-            spec = LinearSpec(*shape, 8, 2**31 - 1, "offset", -2.2250738585072014e-308)
+            number = -2.2250738585072014e-308
+            spec = LinearSpec(*shape, 8, 2**31 - 1, "offset", number, scale=number)
             entries.append(replace(placeholder, name=name, spec=spec))
         else:
             entries.append(replace(placeholder, name=name, kind="float", shape=shape))

@@ -19,6 +19,8 @@ def pack(q: QuantTensor) -> NDArray[np.uint8]:
         bits=q.bits,
         group_size=q.group_size,
         offset_kind=q.offset_kind,
+        encoding=q.encoding,
+        scale=q.scale,
     )
 
 
@@ -35,4 +37,6 @@ def open_linear(packed: NDArray[np.uint8], spec: LinearSpec) -> _core.Linear:
         group_size=spec.group_size,
         offset_kind=spec.offset_kind,
         zero=spec.zero,
+        encoding=spec.encoding,
+        scale=spec.scale,
     )

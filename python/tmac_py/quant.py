@@ -12,7 +12,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from tmac_py.spec import LinearSpec, OffsetKind
+from tmac_py.spec import LAYOUTS, Encoding, LinearSpec, OffsetKind
 
 Search = Literal["minmax", "mse"]
 
@@ -25,6 +25,9 @@ _SHRINK: dict[int, tuple[float, int]] = {1: (0.2, 9), 2: (0.4, 9), 3: (0.5, 9), 
 """bits -> (smallest fraction of the min-max range tried by "mse", number of fractions)."""
 _SHRINK_WIDE = (0.85, 4)
 """The same for 5 to 8 bits, where clipping hardly ever pays."""
+
+_TERNARY_SMALLEST = 1e-5
+"""The smallest mean of |w| that BitNet divides by."""
 
 
 class MatrixLike(Protocol):
@@ -65,12 +68,14 @@ class QuantTensor:
     """
 
     codes: NDArray[np.uint8]  # [m, k], below 2**bits
-    scales: NDArray[np.float16]  # [m, n_groups]
+    scales: NDArray[np.float16] | None  # [m, n_groups]; None where the matrix has one `scale`
     offsets: NDArray[np.float16] | None  # [m, n_groups]; None for offset_kind "none"
     bits: int
     group_size: int
     offset_kind: OffsetKind
     zero: float = 0.0
+    encoding: Encoding = "uniform"
+    scale: float | None = None  # float32, of the whole matrix: ternary, with group_size k
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= MAX_BITS:
@@ -93,6 +98,20 @@ class QuantTensor:
                 )
         if self.bits < MAX_BITS and int(self.codes.max()) >= 1 << self.bits:
             raise ValueError(f"code {int(self.codes.max())} does not fit in {self.bits} bits")
+        if self.encoding not in get_args(Encoding):
+            raise ValueError(f"encoding {self.encoding!r}: one of {get_args(Encoding)}")
+        if self.encoding == "ternary":
+            if (self.bits, self.offset_kind, self.zero) != (2, "none", 1):
+                raise ValueError("a ternary matrix has bits 2, offset_kind 'none' and zero 1")
+            if int(self.codes.max()) > 2:
+                raise ValueError("code 3: a ternary matrix has codes 0, 1 and 2")
+        if (self.scale is None) == (self.scales is None):
+            raise ValueError("either scales, or one scale for the whole matrix, are needed")
+        if self.scale is not None:
+            if self.encoding != "ternary" or self.group_size != self.k:
+                raise ValueError("one scale needs a ternary matrix with group_size k")
+            if not np.isfinite(self.scale) or float(np.float32(self.scale)) != self.scale:
+                raise ValueError(f"scale {self.scale}: a finite float32 is needed")
 
     @property
     def m(self) -> int:
@@ -113,7 +132,14 @@ class QuantTensor:
     def spec(self) -> LinearSpec:
         """Shape and encoding, without the data."""
         return LinearSpec(
-            self.m, self.k, self.bits, self.group_size, self.offset_kind, float(self.zero)
+            self.m,
+            self.k,
+            self.bits,
+            self.group_size,
+            self.offset_kind,
+            float(self.zero),
+            LAYOUTS[self.encoding],
+            self.scale,
         )
 
     def dequantize(self) -> NDArray[np.float32]:
@@ -123,7 +149,7 @@ class QuantTensor:
             out -= self._per_column(self.offsets)
         elif self.offset_kind == "none":
             out -= np.float32(self.zero)
-        out *= self._per_column(self.scales)
+        out *= self._per_column(self.scales) if self.scale is None else np.float32(self.scale)
         if self.offset_kind == "offset":
             out += self._per_column(self.offsets)
         return out
@@ -177,6 +203,49 @@ def quantize_rtn(
     zero = 0.0 if asym else symmetric_zero(bits)
     kind: OffsetKind = "offset" if asym else "none"
     return QuantTensor(codes, scales, offsets, bits, group_size, kind, zero)
+
+
+def ternary_tensor(
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float16] | float,
+    *,
+    group_size: int | None = None,
+) -> QuantTensor:
+    """The matrix ``scales * (codes - 1)`` of codes 0, 1, 2 ``[m, k]``.
+
+    ``scales`` is ``[m, n_groups]`` for groups of ``group_size`` weights (default: k), or one float
+    for the whole matrix, rounded to float32.
+    Raises ValueError when shapes, dtypes or code values do not fit together.
+    """
+    size = codes.shape[-1] if group_size is None else group_size
+    if isinstance(scales, np.ndarray):
+        return QuantTensor(codes, scales, None, 2, size, "none", 1.0, "ternary")
+    scale = float(np.float32(scales))
+    return QuantTensor(codes, None, None, 2, size, "none", 1.0, "ternary", scale)
+
+
+def quantize_ternary(w: MatrixLike, *, scale: float | None = None) -> QuantTensor:
+    """Round a float matrix ``[m, k]`` to -1, 0 and 1 times one scale, as BitNet b1.58 does.
+
+    The scale is the mean of ``|w|`` (Ma et al., 2024, section 2), or the one given.
+    Raises ValueError for weights or scales that are not finite.
+    """
+    if len(w.shape) != 2 or 0 in w.shape:
+        raise ValueError(f"shape {list(w.shape)}: a matrix [m, k] is needed")
+    m, k = w.shape
+    rows = list(row_chunks(m, k, _CHUNK_ELEMENTS))
+    if scale is None:
+        total = sum(float(np.abs(w[r]).sum(dtype=np.float64)) for r in rows)
+        scale = max(total / (m * k), _TERNARY_SMALLEST)
+    if not np.isfinite(scale):
+        raise ValueError("weights are not finite")
+    codes = np.empty((m, k), np.uint8)
+    for r in rows:
+        trits = np.rint(np.asarray(w[r], np.float32) * np.float32(1 / scale))
+        if not np.isfinite(trits).all():
+            raise ValueError("weights are not finite")
+        codes[r] = np.clip(trits, -1, 1) + 1
+    return ternary_tensor(codes, scale)
 
 
 def symmetric_zero(bits: int) -> float:

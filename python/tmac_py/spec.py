@@ -11,8 +11,11 @@ Tables = Literal["int8", "exact", "exact8"]
 """Lookup tables: of 8 bits, with a step per 4 weights; or exact sums of activations rounded to 14
 bits per 64 weights, or (`exact8`, BitNet's arithmetic) to 8 bits per token."""
 
-LAYOUT = "planes421-m32"
-"""Name of the only packed layout of this version (docs/lut-format.md)."""
+Encoding = Literal["uniform", "ternary"]
+"""Codes: evenly spaced, of 1 to 8 bits; or 0, 1 and 2 for the weights -1, 0 and 1."""
+
+LAYOUTS: dict[Encoding, str] = {"uniform": "planes421-m32", "ternary": "trits3-m32"}
+"""Names of the packed layouts of the encodings (docs/lut-format.md)."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,9 @@ class LinearSpec:
     - ``offset_kind == "none"``: ``zero`` is the constant below, nothing is stored per group;
     - ``"zero"``: a zero point (fp16) is stored per row and group: ``scales * (codes - zeros)``;
     - ``"offset"``: an offset (fp16) is stored per row and group: ``scales * codes + offsets``.
+
+    Ternary matrices have 2 bits, offset kind ``"none"`` and ``zero`` 1. They may have one ``scale``
+    (float32) for the whole matrix; then none are stored, and ``group_size`` is ``k``.
     """
 
     m: int
@@ -32,4 +38,10 @@ class LinearSpec:
     group_size: int
     offset_kind: OffsetKind = "none"
     zero: float = 0.0
-    layout: str = LAYOUT
+    layout: str = LAYOUTS["uniform"]
+    scale: float | None = None
+
+    @property
+    def encoding(self) -> Encoding:
+        """The encoding whose layout this is. Raises KeyError for a layout that is not known."""
+        return {layout: encoding for encoding, layout in LAYOUTS.items()}[self.layout]

@@ -80,16 +80,21 @@ struct Matrix {
     spec.m = in.integer();
     spec.k = in.integer();
     spec.bits = static_cast<int>(in.integer());
+    spec.encoding = static_cast<Encoding>(in.integer());
     spec.group_size = in.integer();
     spec.offset_kind = static_cast<OffsetKind>(in.integer());
     spec.zero = in.real();
+    spec.scale_kind = static_cast<ScaleKind>(in.integer());
+    spec.scale = in.real();
     check_spec(spec);
-    const bool stored = spec.offset_kind != OffsetKind::kNone;
+    const int64_t constants = spec.m * spec.n_groups();
+    const bool has_scales = spec.scale_kind == ScaleKind::kStored;
+    const bool has_offsets = spec.offset_kind != OffsetKind::kNone;
     codes = in.array<uint8_t>(spec.m * spec.k);
-    scales = in.array<uint16_t>(spec.m * spec.n_groups());
-    offsets = in.array<uint16_t>(stored ? spec.m * spec.n_groups() : 0);
+    scales = in.array<uint16_t>(has_scales ? constants : 0);
+    offsets = in.array<uint16_t>(has_offsets ? constants : 0);
     packed = AlignedBuffer<uint8_t>(spec.packed_bytes());
-    pack(spec, codes.data(), scales.data(), stored ? offsets.data() : nullptr, packed.data());
+    pack(spec, codes.data(), scales.data(), offsets.data(), packed.data());
   }
 
   LinearSpec spec;

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tmac_py.cli.models import find_model
@@ -81,7 +82,10 @@ def _grouped(linears: Iterable[TensorEntry]) -> list[tuple[str, list[TensorEntry
     """Matrices of the same role (the name without the layer) and encoding, in file order."""
     groups: dict[tuple[str, object], list[TensorEntry]] = {}
     for entry in linears:
-        groups.setdefault((_LAYER.sub("", entry.name), entry.spec), []).append(entry)
+        assert entry.spec is not None
+        has_scale = entry.spec.scale is not None
+        encoding = (replace(entry.spec, scale=None), has_scale)
+        groups.setdefault((_LAYER.sub("", entry.name), encoding), []).append(entry)
     return [(name, entries) for (name, _), entries in groups.items()]
 
 
@@ -94,6 +98,7 @@ def _summary(name: str, entries: list[TensorEntry]) -> dict[str, Any]:
         "count": len(entries),
         "m": spec.m,
         "k": spec.k,
+        "encoding": spec.encoding,
         "bits": spec.bits,
         "group_size": spec.group_size,
         "offset_kind": spec.offset_kind,
@@ -111,6 +116,7 @@ def _tensor(entry: TensorEntry) -> dict[str, Any]:
     }
     if entry.spec is not None:
         result |= {
+            "encoding": entry.spec.encoding,
             "bits": entry.spec.bits,
             "group_size": entry.spec.group_size,
             "offset_kind": entry.spec.offset_kind,
@@ -173,7 +179,7 @@ def _matrix_table(info: dict[str, Any]) -> str:
             item["name"],
             str(item["count"]),
             f"{item['m']} x {item['k']}",
-            str(item["bits"]),
+            _codes(item),
             str(item["group_size"]),
             item["offset_kind"],
             f"{item['bits_per_weight']:.3f}",
@@ -182,6 +188,11 @@ def _matrix_table(info: dict[str, Any]) -> str:
         for item in info["matrices"]
     ]
     return format_table(rows, right="lrrrrlrr", indent="")
+
+
+def _codes(item: dict[str, Any]) -> str:
+    """The bits of a matrix's codes, or the name of what is no number of bits."""
+    return str(item["bits"]) if item["encoding"] == "uniform" else str(item["encoding"])
 
 
 def _other(info: dict[str, Any]) -> list[tuple[str, str]]:
@@ -196,7 +207,7 @@ def _tensor_table(tensors: list[dict[str, Any]]) -> str:
         (
             item["name"],
             " x ".join(map(str, item["shape"])),
-            str(item.get("bits", {"float": "f32"}.get(item["kind"], "-"))),
+            _codes(item) if "bits" in item else {"float": "f32"}.get(item["kind"], "-"),
             str(item.get("group_size", "-")),
             f"{item['bytes']:,}",
             item["xxh3"],
