@@ -289,9 +289,17 @@ def test_a_binary_coded_tensor_checks_itself() -> None:
         ({"offset_kind": "zero"}, "offset_kind 'offset'"),
         ({"zero": 1.0}, "zero 0"),
         ({"bits": 5, "scales": np.ones((2, 2, 5), np.float16)}, "bits 1 to 4"),
-        ({"scales": None, "scale": 1.0, "group_size": 16}, "float16"),
+        (
+            {
+                "scales": None,
+                "scale": 1.0,
+                "group_size": 16,
+                "offsets": np.ones((2, 1), np.float16),
+            },
+            "one scale needs a ternary matrix",
+        ),
     ):
         with pytest.raises(ValueError, match=text):
-            replace(q, **changes)  # type: ignore[arg-type]
+            replace(q, **changes)
     alone = bcq_tensor(q.codes, q.scales[:, :1], q.offsets[:, :1])  # type: ignore[index]
     assert alone.group_size == 16

@@ -37,8 +37,8 @@ class LinearSpec:
     (float32) for the whole matrix; then none are stored, and ``group_size`` is ``k``.
 
     Binary-coded matrices (``encoding == "bcq"``) have 1 to 4 bits, offset kind ``"offset"``,
-    ``zero`` 0 and a scale for each bit, of any sign: ``w[i, j]`` is the sum of ``offsets[i, g]`` and,
-    for each bit ``p``, of ``scales[i, g, p]`` if it is set in ``codes[i, j]``, and of
+    ``zero`` 0 and a scale for each bit, of any sign: ``w[i, j]`` is the sum of ``offsets[i, g]``
+    and, for each bit ``p``, of ``scales[i, g, p]`` if it is set in ``codes[i, j]``, and of
     ``-scales[i, g, p]`` if not.
     """
 
