@@ -10,15 +10,17 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tmac_py import _core
-from tmac_py.spec import Encoding
 
 TERNARY = "ternary"
-ENCODINGS = (*(str(bits) for bits in range(1, 9)), TERNARY)
+_BCQ = "bcq"  # and the bits
+_BCQ_ENCODINGS = tuple(f"{_BCQ}{bits}" for bits in range(1, 5))
+ENCODINGS = (*(str(bits) for bits in range(1, 9)), TERNARY, *_BCQ_ENCODINGS)
 _ALIGNMENT = 64
 _DISTINCT_ROWS = 1024  # random; the others repeat them, the time does not depend on it
 
@@ -33,42 +35,36 @@ class PackedMatrix:
 
 def code_bits(encoding: str) -> float:
     """Bits of a weight without scales."""
-    return 5 / 3 if encoding == TERNARY else int(encoding)
+    return 5 / 3 if encoding == TERNARY else int(encoding.removeprefix(_BCQ))
 
 
 def packed_matrix(encoding: str, m: int, k: int, *, group_size: int) -> PackedMatrix:
     """A random matrix [m, k] in one of ``ENCODINGS``. Ternary ones have one scale, as in BitNet."""
-    ternary = encoding == TERNARY
-    bits = 2 if ternary else int(encoding)
+    ternary, bcq = encoding == TERNARY, encoding in _BCQ_ENCODINGS
+    bits = 2 if ternary else int(code_bits(encoding))
     group_size = k if ternary else min(group_size, k)
     rng = np.random.default_rng(0)
     rows = min(m, _DISTINCT_ROWS)
     codes = rng.integers(3 if ternary else 1 << bits, size=(rows, k), dtype=np.uint8)
-    scales = np.full((m, -(-k // group_size)), 0.01, dtype=np.float16)
-    scale = 0.01 if ternary else None
-    kind: Encoding = "ternary" if ternary else "uniform"
+    per_group = (m, -(-k // group_size))
+    scales = np.full((*per_group, bits) if bcq else per_group, 0.01, dtype=np.float16)
+    kind: dict[str, Any] = {
+        "bits": bits,
+        "group_size": group_size,
+        "offset_kind": "offset" if bcq else "none",
+        "encoding": "ternary" if ternary else "bcq" if bcq else "uniform",
+        "scale": 0.01 if ternary else None,
+    }
     data = _core.pack(
         np.resize(codes, (m, k)),
         None if ternary else scales,
-        bits=bits,
-        group_size=group_size,
-        offset_kind="none",
-        encoding=kind,
-        scale=scale,
+        np.zeros(per_group, dtype=np.float16) if bcq else None,
+        **kind,
     )
+    zero = 1.0 if ternary else 0.0 if bcq else 2.0 ** (bits - 1)
 
     def linear(packed: NDArray[np.uint8]) -> _core.Linear:
-        return _core.Linear(
-            packed,
-            m=m,
-            k=k,
-            bits=bits,
-            group_size=group_size,
-            offset_kind="none",
-            zero=1.0 if ternary else 2.0 ** (bits - 1),
-            encoding=kind,
-            scale=scale,
-        )
+        return _core.Linear(packed, m=m, k=k, zero=zero, **kind)
 
     return PackedMatrix(data, linear)
 

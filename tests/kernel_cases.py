@@ -24,13 +24,14 @@ from reference import (
     product,
     table_limits,
 )
-from tmac_py.quant import QuantTensor, quantize_rtn, symmetric_zero, ternary_tensor
+from tmac_py.quant import QuantTensor, bcq_tensor, quantize_rtn, symmetric_zero, ternary_tensor
 from tmac_py.spec import OffsetKind
 
 TABLES = ("int8", "exact", "exact8")
 
 TERNARY = 0
-"""Stands for ternary codes among the bits."""
+BCQ = range(-4, 0)
+"""Stand for ternary codes among the bits, and for binary-coded weights of 4 to 1 bits."""
 
 BITS = range(TERNARY, 9)
 
@@ -92,9 +93,19 @@ def integer_matrix(
     rng: np.random.Generator, m: int, k: int, bits: int, group_size: int, kind: OffsetKind
 ) -> QuantTensor:
     """Random codes; scales are a power of two for each row, of either sign in each group. Ternary
-    matrices have no offsets: where others have, they have one scale, if they are of one group."""
+    matrices have no offsets: where others have, they have one scale, if they are of one group.
+    Binary-coded weights always have offsets, and scales 1, 2, 4 or 8 times as large."""
     group_size = min(group_size, k)
     shape = (m, -(-k // group_size))
+    if bits in BCQ:
+        row = 2.0 ** rng.integers(-6, 5, (m, 1, 1))
+        planes = rng.choice([-8, -4, -2, -1, 1, 2, 4, 8], (*shape, -bits))
+        return bcq_tensor(
+            rng.integers(0, 2**-bits, (m, k), np.uint8),
+            (planes * row).astype(np.float16),
+            (rng.integers(-7, 8, shape) * row[..., 0]).astype(np.float16),
+            group_size=group_size,
+        )
     scales = rng.choice([-1.0, 1.0], shape) * 2.0 ** rng.integers(-6, 7, (m, 1))
     if bits == TERNARY:
         codes = rng.integers(0, 3, (m, k), np.uint8)
@@ -198,7 +209,7 @@ def integer_cases(tables: str, bits: int) -> list[LinearCase]:
     for i in range(N_SHAPES):
         kind, n, m = KINDS[i % 3], TOKENS[i % 5], ROWS[i % 7]
         k, group_size = COLUMNS[i % 8], GROUPS[i % 11]
-        rng = np.random.default_rng([bits, i])
+        rng = np.random.default_rng([abs(bits), i])
         q = integer_matrix(rng, m, k, bits, group_size, kind)
         name = f"{kind} m={m} k={k} group_size={q.group_size} n={n}"
         cases.append(integer_case(rng, q, tables, n, name))
@@ -206,7 +217,11 @@ def integer_cases(tables: str, bits: int) -> list[LinearCase]:
 
 
 def rounded_matrix(w: NDArray[np.float32], bits: int, group_size: int, asym: bool) -> QuantTensor:
-    """Rounded to nearest; ternary ones have no offsets, and random scales."""
+    """Rounded to nearest; ternary ones have no offsets, and random scales, binary-coded ones uneven
+    levels."""
+    if bits in BCQ:
+        q = binary_coded(quantize_rtn(w, bits=-bits, group_size=group_size, asym=True))
+        return uneven(np.random.default_rng(w.shape[1]), q)
     if bits != TERNARY:
         return quantize_rtn(w, bits=bits, group_size=group_size, asym=asym)
     m, k = w.shape
@@ -236,9 +251,29 @@ def random_activations(rng: np.random.Generator, kind: str, n: int, k: int) -> N
     return x.astype(np.float32)
 
 
+def binary_coded(q: QuantTensor) -> QuantTensor:
+    """The same weights, but for rounding to fp16: u = (2**bits - 1) / 2 + sum of +-2**(p - 1)."""
+    assert q.scales is not None
+    assert q.offsets is not None
+    scales = q.scales[..., None] * 2.0 ** np.arange(-1, q.bits - 1)
+    offsets = q.offsets + q.scales * ((2**q.bits - 1) / 2)
+    return bcq_tensor(
+        q.codes,
+        scales.astype(np.float16),
+        offsets.astype(np.float16),
+        group_size=q.group_size,
+    )
+
+
+def uneven(rng: np.random.Generator, q: QuantTensor) -> QuantTensor:
+    """With scales of any size and sign."""
+    assert q.scales is not None
+    return replace(q, scales=(q.scales * rng.normal(size=q.scales.shape)).astype(np.float16))
+
+
 @cache
 def float_cases(tables: str, bits: int) -> list[LinearCase]:
-    rng = np.random.default_rng(bits)
+    rng = np.random.default_rng(abs(bits))
     cases = []
     for kind in ("gaussian", "heavy-tailed", "outlier", "denormal", "tiny and huge"):
         for m, k, group_size, asym in (
@@ -256,7 +291,7 @@ def float_cases(tables: str, bits: int) -> list[LinearCase]:
 
 def extreme_codes(bits: int, k: int) -> NDArray[np.uint8]:
     """Rows of codes at the ends of their range: all upper, all lower, alternating both ways."""
-    top = 2 if bits == TERNARY else 2**bits - 1
+    top = 2 if bits == TERNARY else 2 ** abs(bits) - 1
     rows = [[top, top], [0, 0], [top, 0], [0, top]]
     return np.array([np.resize(rows[r % 4], k) for r in range(33)], np.uint8)
 
@@ -274,7 +309,8 @@ def extreme_activations(k: int, largest: int, table: int) -> NDArray[np.float32]
 def extreme_cases(tables: str, bits: int) -> list[LinearCase]:
     """Accumulators at their bounds, zeros, NaN and infinity."""
     cases = []
-    for kind, times in itertools.product(KINDS, (1, 3)):
+    kinds = KINDS if bits in BITS else KINDS[-1:]
+    for kind, times in itertools.product(kinds, (1, 3)):
         for k, group_size in ((4096, 4096), (4096, 128), (4096, 16), (60, 20)):
             rng = np.random.default_rng(0)
             q = integer_matrix(rng, 33, k, bits, group_size, kind)
@@ -297,7 +333,7 @@ def extreme_cases(tables: str, bits: int) -> list[LinearCase]:
 def non_finite_cases(tables: str, bits: int) -> Iterator[LinearCase]:
     """NaN and infinities in some tokens: these tokens are NaN, their neighbours as ever."""
     for k, group_size, n in ((4096, 64, 7), (37, 20, 7), (4096, 64, 19), (37, 20, 19)):
-        rng = np.random.default_rng(bits)
+        rng = np.random.default_rng(abs(bits))
         q = integer_matrix(rng, 33, k, bits, group_size, "offset")
         good = integer_case(rng, q, tables, n, f"NaN and infinity k={k} n={n}")
         x = good.x.copy()
@@ -308,7 +344,7 @@ def non_finite_cases(tables: str, bits: int) -> Iterator[LinearCase]:
 
 def invariance_cases(tables: str, bits: int) -> list[LinearCase]:
     """Ordinary floats in enough tiles and tokens to be dealt out to threads in many ways."""
-    rng = np.random.default_rng(bits)
+    rng = np.random.default_rng(abs(bits))
     q = rounded_matrix(rng.normal(size=(300, 296)).astype(np.float32), bits, 48, asym=True)
     x = random_activations(rng, "gaussian", 37, 296)
     return [LinearCase(f"invariance n={n}", q, x[:n], tables) for n in (13, 37)]

@@ -85,8 +85,8 @@ SIGNS = np.array([[1 if e >> i & 1 else -1 for i in range(4)] for e in range(16)
 
 def arithmetic(q: QuantTensor, tables: str, n_tokens: int) -> str:
     """The arithmetic of the named tables in a product of q and that many tokens, a key of STEPS.
-    Ternary weights are multiplied by table lookup, however many tokens there are."""
-    many = n_tokens > TABLE_TOKENS and q.encoding != "ternary"
+    Weights whose codes are not uniform are looked up, however many tokens there are."""
+    many = n_tokens > TABLE_TOKENS and q.encoding == "uniform"
     return ROWS8 if tables == "int8" and many else tables
 
 
@@ -177,8 +177,10 @@ def sum_of_halves(limits: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(first + second)
 
 
+PLANES = Cut(4, 8, 64, 85, 15, sum_of_halves)
 CUTS = {
-    "uniform": Cut(4, 8, 64, 85, 15, sum_of_halves),
+    "uniform": PLANES,
+    "bcq": PLANES,
     "ternary": Cut(3, 24, 96, 256, 127, sum_by_halving),
 }
 
@@ -199,10 +201,8 @@ def product(q: QuantTensor, x: NDArray[np.float32], kind: str) -> Product:
     n_regions = len(positions)
     shape = (n_regions, cut.tables, cut.table)
     codes = np.pad(q.codes, ((0, 0), (0, 1)), constant_values=ternary)[:, positions]
-    codes = codes.reshape(q.m, *shape)
+    parts = parts_of(q, codes.reshape(q.m, *shape))
     given = np.append(x, np.float32(0))[positions].reshape(shape)
-    half = 1.0 if ternary else (2**q.bits - 1) / 2
-    look_up = look_up_trits if ternary else partial(look_up_planes, bits=q.bits)
 
     of_tables = table_limits(given, kind)
     limits = of_tables.max(1).astype(np.float64)
@@ -229,17 +229,21 @@ def product(q: QuantTensor, x: NDArray[np.float32], kind: str) -> Product:
         entries, close = (ternary_entries if ternary else entries_of_signs)(
             values / steps[..., None]
         )
-        sums = look_up(entries, codes) * steps
-        slack = look_up(close.astype(np.float64), codes) * steps
         x_slack = np.zeros((n_regions, cut.tables))
     else:
         rounded = values / steps[..., None]
         error = np.abs(rounded).max() * ACTIVATION_ERROR
-        near = np.abs(rounded - np.floor(rounded) - 0.5) < error
+        close = np.abs(rounded - np.floor(rounded) - 0.5) < error
         values = np.rint(rounded) * steps[..., None]
-        sums = ((codes - half) * values).sum(3)
-        slack = (np.abs(codes - half) * near).sum(3) * steps
-        x_slack = near.sum(2) * steps
+        x_slack = close.sum(2) * steps
+
+    def sums_of(part: Part) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Those of a part, and how far they move if each close rounding goes the other way."""
+        if kind == "int8":
+            sums, slack = (part.look_up(e.astype(np.float64), part.codes) for e in (entries, close))
+            return sums * steps, slack * steps
+        distance = part.codes - part.half
+        return (distance * values).sum(3), (np.abs(distance) * close).sum(3) * steps
 
     def per_group(tables_of: NDArray[np.float64]) -> NDArray[np.float64]:
         """[..., n_regions, tables] -> [..., n_groups]"""
@@ -247,33 +251,74 @@ def product(q: QuantTensor, x: NDArray[np.float32], kind: str) -> Product:
         total: NDArray[np.float64] = np.add.reduceat(chunks, first_of_group, axis=-1)
         return total
 
-    # y = sum over groups of  scale * sums + shift * (sum of x)
-    s = np.full((q.m, 1), q.scale) if q.scales is None else q.scales.astype(np.float64)
-    offsets = np.zeros_like(s) if q.offsets is None else q.offsets.astype(np.float64)
-    if q.offset_kind == "none":
-        shift, shift_magnitude = s * (half - q.zero), np.abs(s * (half - q.zero))
-    elif q.offset_kind == "zero":
-        shift, shift_magnitude = s * (half - offsets), np.abs(s) * (half + np.abs(offsets))
-    else:
-        shift, shift_magnitude = s * half + offsets, np.abs(s) * half + np.abs(offsets)
-    looked_up = np.abs(s) * per_group(np.abs(sums))
-    x_sizes = per_group(np.abs(values).sum(2))
+    # y = sum over groups of  (sum over parts of scale * sums) + shift * (sum of x)
+    shift, shift_magnitude = shift_of(q, parts)
+    x_sums, x_sizes = per_group(values.sum(2)), per_group(np.abs(values).sum(2))
+    y, magnitude = shift * x_sums, shift_magnitude * x_sizes
     # All groups before one, and the terms of that one before they cancel.
-    partial_sums = (looked_up + np.abs(shift) * x_sizes).sum(1)
-    partial_sums += (shift_magnitude * np.abs(per_group(values.sum(2)))).max(1)
-    unit = smallest_unit(sums, values, s)
+    partial_sums = (np.abs(shift) * x_sizes).sum(1) + (shift_magnitude * np.abs(x_sums)).max(1)
+    undecided = np.abs(shift) * per_group(x_slack)
+    unit = np.full(q.m, np.inf)
+    for part in parts:
+        sums, slack = sums_of(part)
+        looked_up = np.abs(part.scales) * per_group(np.abs(sums))
+        y = y + part.scales * per_group(sums)
+        magnitude = magnitude + looked_up
+        partial_sums += looked_up.sum(1)
+        undecided = undecided + np.abs(part.scales) * per_group(slack)
+        unit = np.minimum(unit, smallest_unit(sums, values, part.scales))
     return Product(
-        y=(s * per_group(sums) + shift * per_group(values.sum(2))).sum(1),
-        magnitude=(looked_up + shift_magnitude * x_sizes).sum(1),
-        undecided=(np.abs(s) * per_group(slack) + np.abs(shift) * per_group(x_slack)).sum(1),
+        y=y.sum(1),
+        magnitude=magnitude.sum(1),
+        undecided=undecided.sum(1),
         integer_size=float(
             np.divide(partial_sums, unit, out=np.full(q.m, np.inf), where=unit > 0).max()
         ),
         # Within a region: 7 for a sum of 8 activations, 8 for that of its chunks, 9 for the steps,
         # 11 to convert, scale, shift and add an offset, 1 for the token's unit; then one addition
-        # for each chunk and each group of the row.
-        roundings=36 + cut.chunks * n_regions + q.n_groups,
+        # for each chunk, and one for each group of the row and part of its weights.
+        roundings=36 + cut.chunks * n_regions + q.n_groups * len(parts),
     )
+
+
+@dataclass(frozen=True)
+class Part:
+    """What weights consist of, but for their shift: scales * (codes - half)."""
+
+    codes: NDArray[np.uint8]
+    """[m, n_regions, tables, weights]"""
+    half: float
+    scales: NDArray[np.float64]
+    """[m, n_groups], or [m, 1] for all groups"""
+    look_up: Callable[[NDArray[np.float64], NDArray[np.uint8]], NDArray[np.float64]]
+    """Sum of (codes - half) * x from the entries of tables of x."""
+
+
+def parts_of(q: QuantTensor, codes: NDArray[np.uint8]) -> list[Part]:
+    """One, but for binary-coded weights: alpha * (2 * bit - 1) = 2 * alpha * (bit - 1/2) for each
+    bit."""
+    scales = np.full((q.m, 1), q.scale) if q.scales is None else q.scales.astype(np.float64)
+    if q.encoding == "ternary":
+        return [Part(codes, 1.0, scales, look_up_trits)]
+    if q.encoding == "uniform":
+        return [Part(codes, (2**q.bits - 1) / 2, scales, partial(look_up_planes, bits=q.bits))]
+    bits = [(codes >> p & 1).astype(np.uint8) for p in range(q.bits)]
+    one = partial(look_up_planes, bits=1)
+    return [Part(bit, 0.5, 2 * scales[..., p], one) for p, bit in enumerate(bits)]
+
+
+def shift_of(q: QuantTensor, parts: list[Part]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What weights have besides their parts, [m, n_groups] or [m, 1], and the size of what adds up
+    to it."""
+    scales, half = parts[0].scales, parts[0].half
+    offsets = np.zeros_like(scales) if q.offsets is None else q.offsets.astype(np.float64)
+    if q.encoding == "bcq":
+        return offsets, np.abs(offsets)
+    if q.offset_kind == "none":
+        return scales * (half - q.zero), np.abs(scales * (half - q.zero))
+    if q.offset_kind == "zero":
+        return scales * (half - offsets), np.abs(scales) * (half + np.abs(offsets))
+    return scales * half + offsets, np.abs(scales) * half + np.abs(offsets)
 
 
 def entries_of_signs(

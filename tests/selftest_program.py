@@ -22,7 +22,7 @@ VARIABLE = "TMAC_SELFTEST"
 OFFSET_KINDS = ("none", "offset", "zero")
 """In the order of the core's enum OffsetKind."""
 
-ENCODINGS = ("uniform", "ternary")
+ENCODINGS = ("uniform", "ternary", "bcq")
 """In the order of the core's enum Encoding."""
 
 Part = int | float | str | NDArray[Any]

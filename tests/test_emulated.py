@@ -6,6 +6,7 @@ names the programs to run (see CONTRIBUTING.md); .ci/run builds them and sets it
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from kernel_cases import (
+    BCQ,
     BITS,
     KINDS,
     TABLES,
@@ -44,14 +46,14 @@ pytestmark = pytest.mark.skipif(
 )
 class TestIsa:
     @pytest.mark.parametrize("tables", TABLES)
-    @pytest.mark.parametrize("bits", BITS)
+    @pytest.mark.parametrize("bits", [*BITS, *BCQ])
     def test_products(self, program: str, isa: str, tables: str, bits: int, tmp_path: Path) -> None:
         cases = all_cases(tables, bits)
         for case, y in zip(cases, run_linear(program, isa, cases, tmp_path), strict=True):
             case.check(y)
 
     @pytest.mark.parametrize("tables", TABLES)
-    @pytest.mark.parametrize("bits", BITS)
+    @pytest.mark.parametrize("bits", [*BITS, *BCQ])
     def test_threads_and_tokens_change_no_bit(
         self, program: str, isa: str, tables: str, bits: int, tmp_path: Path
     ) -> None:
@@ -71,7 +73,7 @@ class TestIsa:
 
 
 @pytest.mark.parametrize("tables", TABLES)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [*BITS, *BCQ])
 def test_every_program_and_isa_gives_the_same_bits(tables: str, bits: int, tmp_path: Path) -> None:
     for case in invariance_cases(tables, bits):
         results = {
@@ -84,10 +86,12 @@ def test_every_program_and_isa_gives_the_same_bits(tables: str, bits: int, tmp_p
 
 @pytest.mark.parametrize("program", PROGRAMS)
 class TestProgram:
-    @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("bits", BITS)
+    @pytest.mark.parametrize(
+        ("bits", "kind"),
+        [*itertools.product(BITS, KINDS), *((bits, "offset") for bits in BCQ)],
+    )
     def test_layout(self, program: str, kind: str, bits: int, tmp_path: Path) -> None:
-        rng = np.random.default_rng(bits)
+        rng = np.random.default_rng(abs(bits))
         for m, k, group_size in ((33, 37, 20), (1, 1, 1), (64, 256, 48)):
             q = integer_matrix(rng, m, k, bits, group_size, kind)  # type: ignore[arg-type]
             codes, scales, offsets, weights = run_layout(program, q, tmp_path)

@@ -7,13 +7,14 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tiny_lut import CONFIG, Q_PROJ, write
-from tiny_model import write_tiny_model
+from tiny_model import binary, write_tiny_model
 from tmac_py import machine
 from tmac_py.cli import info, inspect
 from tmac_py.cli.tables import format_bytes, format_table
@@ -209,6 +210,19 @@ def test_inspect_names_ternary_matrices(tmp_path: Path, capsys: pytest.CaptureFi
     text = capsys.readouterr().out
     assert re.search(r"self_attn.q_proj +2 +128 x 64 +ternary +64 +none +1\.812", text)
     assert re.search(r"layers.1.self_attn.q_proj.weight +128 x 64 +ternary +64 ", text)
+    assert re.search(r"layers.1.self_attn.k_proj.weight +64 x 64 +4 +32 ", text)
+
+
+def test_inspect_names_binary_coded_matrices(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_tiny_model(
+        tmp_path / "model.lut", special=("q_proj",), quantize=partial(binary, bits=3)
+    )
+    assert run(inspect, str(path), "--tensors") == 0
+    text = capsys.readouterr().out
+    assert re.search(r"self_attn.q_proj +2 +128 x 64 +3 bcq +32 +offset +5\.000", text)
+    assert re.search(r"layers.1.self_attn.q_proj.weight +128 x 64 +3 bcq +32 ", text)
     assert re.search(r"layers.1.self_attn.k_proj.weight +64 x 64 +4 +32 ", text)
 
 

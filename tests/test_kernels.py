@@ -11,10 +11,12 @@ import pytest
 from numpy.typing import NDArray
 
 from kernel_cases import (
+    BCQ,
     BITS,
     TABLES,
     TERNARY,
     LinearCase,
+    binary_coded,
     extreme_cases,
     float_cases,
     integer_cases,
@@ -65,7 +67,7 @@ def run(case: LinearCase, pool: _core.ThreadPool) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("tables", TABLES)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [*BITS, *BCQ])
 @pytest.mark.usefixtures("isa")
 class TestProduct:
     def test_integers_are_equal(self, tables: str, bits: int, pool: _core.ThreadPool) -> None:
@@ -95,7 +97,20 @@ class TestProduct:
 
 
 @pytest.mark.parametrize("tables", TABLES)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", range(1, 5))
+@pytest.mark.usefixtures("isa")
+def test_uniform_weights_may_be_binary_coded(
+    tables: str, bits: int, pool: _core.ThreadPool
+) -> None:
+    for case in integer_cases(tables, bits):
+        if case.q.offset_kind == "offset" and case.arithmetic == tables:
+            q = binary_coded(case.q)
+            np.testing.assert_array_equal(q.dequantize(), case.q.dequantize())
+            case.check(run(replace(case, q=q), pool))
+
+
+@pytest.mark.parametrize("tables", TABLES)
+@pytest.mark.parametrize("bits", [*BITS, *BCQ])
 def test_isas_agree_to_the_bit(tables: str, bits: int, pool: _core.ThreadPool) -> None:
     before = _core.active_isa()
     for case in invariance_cases(tables, bits):
@@ -200,6 +215,26 @@ def test_ternary_matrices_of_one_scale_take_167_hundredths_of_a_bit(m: int, k: i
     assert 8 * _core.packed_nbytes(m, k, group_size=k, scale=1.0, **kind) <= 1.67 * m * k
 
 
+def test_packed_bytes_of_binary_codes() -> None:
+    """One chunk of a 3-bit matrix by hand: every plane of all rows, then the scales of each."""
+    codes = np.zeros((2, 8), np.uint8)
+    codes[1] = [0, 1, 2, 3, 4, 5, 6, 7]
+    packed = _core.pack(
+        codes,
+        np.array([[[1, 2, 3]], [[4, 5, 6]]], np.float16),
+        np.array([[7], [8]], np.float16),
+        bits=3,
+        group_size=8,
+        offset_kind="offset",
+        encoding="bcq",
+    )
+    want = np.zeros(384, np.uint8)  # 3 * 32 and 4 * 64, rounded up to 64
+    want[1], want[33], want[65] = 0b10101010, 0b11001100, 0b11110000
+    for i, constants in enumerate(([1, 4], [2, 5], [3, 6], [7, 8])):
+        want[96 + 64 * i :][:4] = np.array(constants, np.float16).view(np.uint8)
+    np.testing.assert_array_equal(packed, want)
+
+
 GOOD: dict[str, Any] = {"bits": 4, "group_size": 16, "offset_kind": "offset"}
 
 TERNARY_SPEC: dict[str, Any] = {
@@ -208,6 +243,9 @@ TERNARY_SPEC: dict[str, Any] = {
     "offset_kind": "none",
     "encoding": "ternary",
 }
+
+
+BCQ_SPEC: dict[str, Any] = {"encoding": "bcq", "scales": np.ones((4, 2, 4), np.float16)}
 
 
 def pack_with(**changes: Any) -> NDArray[np.uint8]:
@@ -249,13 +287,19 @@ def pack_with(**changes: Any) -> NDArray[np.uint8]:
         ({"group_size": -4}, "group_size must be a multiple of 4"),
         ({"bits": 0}, "bits must be 1 to 8"),
         ({"bits": 9}, "bits must be 1 to 8"),
-        ({"encoding": "binary"}, "encoding must be 'uniform' or 'ternary', not 'binary'"),
+        ({"encoding": "binary"}, "encoding must be 'uniform', 'ternary' or 'bcq', not"),
         ({**TERNARY_SPEC, "bits": 4}, "ternary codes have 2 bits, not 4"),
         ({**TERNARY_SPEC, "offset_kind": "offset"}, "ternary weights have no offsets"),
         ({**TERNARY_SPEC, "codes": np.full((4, 32), 3, np.uint8)}, "codes must be 0, 1 or 2"),
         ({**TERNARY_SPEC, "scale": 1.0, "group_size": 32}, "goes with no scales"),
         ({**TERNARY_SPEC, "scale": 1.0, "scales": None}, "its group_size k"),
         ({"scale": 1.0, "scales": None}, "the matrix ternary"),
+        ({**BCQ_SPEC, "bits": 5}, "binary-coded weights have 1 to 4 bits, not 5"),
+        ({**BCQ_SPEC, "bits": 3}, r"scales must be \[4, 2, 3\], not \[4, 2, 4\]"),
+        ({**BCQ_SPEC, "scales": np.ones((4, 2), np.float16)}, r"scales must be \[4, 2, 4\]"),
+        ({**BCQ_SPEC, "offset_kind": "zero"}, "binary-coded weights have offsets"),
+        ({**BCQ_SPEC, "offset_kind": "none", "offsets": None}, "weights have offsets"),
+        ({**BCQ_SPEC, "scale": 1.0, "scales": None}, "the matrix ternary"),
         ({"scales": None}, "no scale goes with an array of scales"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
@@ -308,6 +352,12 @@ def test_the_zero_of_ternary_weights_is_1() -> None:
     kind: dict[str, Any] = {"bits": 2, "offset_kind": "none", "encoding": "ternary"}
     with pytest.raises(ValueError, match="their zero is 1"):
         _core.Linear(np.zeros(256, np.uint8), m=1, k=24, group_size=24, zero=0.0, **kind)
+
+
+def test_the_zero_of_binary_coded_weights_is_0() -> None:
+    kind: dict[str, Any] = {"bits": 2, "offset_kind": "offset", "encoding": "bcq"}
+    with pytest.raises(ValueError, match="their zero is 0"):
+        _core.Linear(np.zeros(384, np.uint8), m=1, k=24, group_size=24, zero=1.0, **kind)
 
 
 def test_unknown_names_are_refused(pool: _core.ThreadPool) -> None:

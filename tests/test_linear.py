@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kernel_cases import binary_coded
 from tmac_py import LutLinear, QuantTensor
 from tmac_py.errors import OptionError
 from tmac_py.quant import quantize_rtn, quantize_ternary
@@ -74,6 +75,18 @@ def test_ternary_matrices(tables: Any) -> None:
     linear = LutLinear(q, threads=2, tables=tables)
     assert linear.spec.encoding == "ternary"
     assert linear.nbytes == 3 * 768 + 64  # 32 * (4 * 5 + 3), rounded up to 64
+    want = product(q, x)
+    assert np.square(linear(x) - want).sum() <= 1e-4 * np.square(want).sum()
+
+
+@pytest.mark.parametrize("tables", ["int8", "exact", "exact8"])
+@pytest.mark.parametrize("n", [5, 40])
+def test_binary_coded_matrices(n: int, tables: Any) -> None:
+    w, x = weights(70, 96), weights(n, 96)
+    q = binary_coded(quantize_rtn(w, bits=3, group_size=32, asym=True))
+    linear = LutLinear(q, threads=2, tables=tables)
+    assert linear.spec.encoding == "bcq"
+    assert linear.nbytes == 3 * (96 * 12 + 3 * 4 * 64)
     want = product(q, x)
     assert np.square(linear(x) - want).sum() <= 1e-4 * np.square(want).sum()
 

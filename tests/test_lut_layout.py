@@ -13,7 +13,7 @@ import pytest
 from tmac_py import _core
 from tmac_py.lutheader import check_spec, packed_nbytes
 from tmac_py.packing import pack
-from tmac_py.quant import ternary_tensor
+from tmac_py.quant import bcq_tensor, ternary_tensor
 from tmac_py.spec import LAYOUTS, LinearSpec
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "lut-format.md"
@@ -46,6 +46,20 @@ TERNARY_SPECS = [
 ] + [
     LinearSpec(m, k, 2, k, "none", 1.0, LAYOUTS["ternary"], 0.375)
     for m, k in ((1, 24), (33, 100), (64, 2560), (5, 7))
+]
+
+
+BCQ_SPECS = [
+    LinearSpec(m, k, bits, group_size, "offset", 0.0, LAYOUTS["bcq"])
+    for bits in range(1, 5)
+    for m, k, group_size in (
+        (1, 8, 8),
+        (32, 64, 32),
+        (33, 60, 60),
+        (31, 68, 32),
+        (96, 36, 12),
+        (5, 7, 7),
+    )
 ]
 
 
@@ -112,6 +126,37 @@ def test_documented_ternary_layout_is_the_packers(spec: LinearSpec) -> None:
         assert got_scales is None
     else:
         np.testing.assert_array_equal(got_scales, stored)
+
+
+@pytest.mark.parametrize("spec", BCQ_SPECS, ids=str)
+def test_documented_bcq_layout_is_the_packers(spec: LinearSpec) -> None:
+    check_spec(spec)
+    rng = np.random.default_rng([spec.k, spec.bits])
+    n_groups = -(-spec.k // spec.group_size)
+    q = bcq_tensor(
+        rng.integers(0, 1 << spec.bits, (spec.m, spec.k), dtype=np.uint8),
+        rng.standard_normal((spec.m, n_groups, spec.bits)).astype(np.float16),
+        rng.standard_normal((spec.m, n_groups)).astype(np.float16),
+        group_size=spec.group_size,
+    )
+    assert q.spec == spec
+    expected = documented("pack_bcq")(q.codes, q.scales, q.offsets, group_size=spec.group_size)
+    assert len(expected) == packed_nbytes(spec)
+    packed = pack(q)
+    assert packed.tobytes() == expected
+    kind: dict[str, Any] = {
+        "group_size": spec.group_size,
+        "bits": spec.bits,
+        "offset_kind": "offset",
+        "encoding": "bcq",
+    }
+    assert packed.nbytes == _core.packed_nbytes(spec.m, spec.k, **kind)
+    for got, want in zip(
+        _core.unpack(packed, m=spec.m, k=spec.k, **kind),
+        (q.codes, q.scales, q.offsets),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_worked_example_of_the_document() -> None:

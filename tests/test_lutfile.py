@@ -210,11 +210,22 @@ def set_spec(**fields: Any) -> Callable[[dict[str, Any]], None]:
         (set_spec(bits=9), f"tensor {Q_PROJ}: bits must be 1 to 8, found 9"),
         (set_spec(bits=4), f"tensor {Q_PROJ}: holds 576 bytes, must hold 640"),
         (set_spec(group_size=6), "group_size must be a multiple of 4"),
-        (set_spec(layout="planes8"), "layout 'planes8' is not known (planes421-m32, trits3-m32)"),
+        (
+            set_spec(layout="planes8"),
+            "layout 'planes8' is not known (planes421-m32, trits3-m32, bcq-m32)",
+        ),
         (
             set_spec(layout="trits3-m32"),
             "layout trits3-m32 needs bits 2, offset_kind none and zero 1",
         ),
+        (set_spec(layout="bcq-m32"), "holds 576 bytes, must hold 832"),
+        (
+            set_spec(layout="bcq-m32", bits=5),
+            "layout bcq-m32 needs bits 1 to 4, offset_kind offset and zero 0, found 5,",
+        ),
+        (set_spec(layout="bcq-m32", offset_kind="zero"), "offset_kind offset and zero 0"),
+        (set_spec(layout="bcq-m32", zero=1.0), "offset_kind offset and zero 0"),
+        (set_spec(layout="bcq-m32", scale=1.0), "scale needs a ternary layout"),
         (set_spec(scale=1.0), "scale needs a ternary layout"),
         (set_spec(scale="a"), "scale must be a finite number"),
         (set_spec(offset_kind="min"), "offset_kind must be"),

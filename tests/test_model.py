@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -87,6 +88,34 @@ def test_ternary_weights_are_the_same_as_bit_planes(tmp_path, isa):
         with Model.load(file, threads=2, tables="exact8") as model:
             answers.append(model.logits(IDS))
     assert np.array_equal(*answers)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("tables", ["int8", "exact"])
+@pytest.mark.parametrize("special", [("embed", "proj", "lm_head"), ("q_proj", "o_proj", "up_proj")])
+def test_binary_coded_prefill_equals_single_steps_bit_for_bit(tmp_path, special, tables, bits):
+    file = tiny.write_tiny_model(
+        tmp_path / "m.lut",
+        special=special,
+        quantize=partial(tiny.binary, bits=bits),
+        tie_word_embeddings=False,
+    )
+    with Model.load(file, threads=2, tables=tables) as model:
+        cache = model.new_cache()
+        single = np.stack([model.forward(IDS[i : i + 1], cache) for i in range(len(IDS))])
+        assert np.array_equal(model.logits(IDS), single)
+
+
+def test_binary_coded_weights_are_those_of_uniform_codes(tmp_path):
+    """But for rounding of the offsets to fp16."""
+    logits = []
+    for quantize in (tiny.asymmetric, tiny.binary):
+        file = tiny.write_tiny_model(tmp_path / "m.lut", special=("proj",), quantize=quantize)
+        with Model.load(file, threads=2, tables="exact") as model:
+            logits.append(model.logits(IDS))
+    uniform, binary = logits
+    assert np.abs(binary - uniform).max() < 0.01 * uniform.std()
+    assert np.any(binary != uniform)
 
 
 def test_more_ids_than_one_chunk(tmp_path):

@@ -9,7 +9,13 @@ import pytest
 from numpy.typing import NDArray
 
 from tmac_py import quant
-from tmac_py.quant import QuantTensor, quantize_rtn, quantize_ternary, ternary_tensor
+from tmac_py.quant import (
+    QuantTensor,
+    bcq_tensor,
+    quantize_rtn,
+    quantize_ternary,
+    ternary_tensor,
+)
 
 BITS = range(1, 9)
 F16_STEP = 2.0**-11  # largest relative error of rounding to fp16
@@ -242,3 +248,58 @@ def test_a_ternary_tensor_checks_itself() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             replace(q, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", range(1, 5))
+@pytest.mark.parametrize(("k", "group_size"), [(64, 16), (60, 32), (20, 20)])
+def test_binary_codes_mean_sums_of_signed_scales(bits: int, k: int, group_size: int) -> None:
+    rng = np.random.default_rng(bits)
+    groups = -(-k // group_size)
+    codes = rng.integers(0, 2**bits, (3, k), np.uint8)
+    scales = rng.normal(size=(3, groups, bits)).astype(np.float16)
+    offsets = rng.normal(size=(3, groups)).astype(np.float16)
+    q = bcq_tensor(codes, scales, offsets, group_size=group_size)
+    assert (q.spec.layout, q.spec.encoding, q.bits) == ("bcq-m32", "bcq", bits)
+    got = q.dequantize()
+    assert got.dtype == np.float32
+    for i in range(3):
+        for j in range(k):
+            want = np.float32(0)
+            for p in range(bits):
+                scale = np.float32(scales[i, j // group_size, p])
+                want = want + scale if codes[i, j] >> p & 1 else want - scale
+            assert got[i, j] == want + np.float32(offsets[i, j // group_size])
+
+
+def test_a_binary_coded_tensor_checks_itself() -> None:
+    q = bcq_tensor(
+        np.full((2, 16), 7, np.uint8),
+        np.ones((2, 2, 3), np.float16),
+        np.ones((2, 2), np.float16),
+        group_size=8,
+    )
+    assert (q.dequantize() == 4).all()
+    for changes, text in (
+        ({"codes": np.full((2, 16), 8, np.uint8)}, "does not fit in 3 bits"),
+        ({"scales": np.ones((2, 2), np.float16)}, r"scales float16\[2, 2\]: float16\[2, 2, 3\]"),
+        ({"scales": np.ones((2, 2, 4), np.float16)}, r"float16\[2, 2, 3\]"),
+        ({"scales": np.ones((2, 2, 3), np.float32)}, "float32"),
+        ({"offsets": None}, "contradict"),
+        ({"offset_kind": "none", "offsets": None}, "offset_kind 'offset'"),
+        ({"offset_kind": "zero"}, "offset_kind 'offset'"),
+        ({"zero": 1.0}, "zero 0"),
+        ({"bits": 5, "scales": np.ones((2, 2, 5), np.float16)}, "bits 1 to 4"),
+        (
+            {
+                "scales": None,
+                "scale": 1.0,
+                "group_size": 16,
+                "offsets": np.ones((2, 1), np.float16),
+            },
+            "one scale needs a ternary matrix",
+        ),
+    ):
+        with pytest.raises(ValueError, match=text):
+            replace(q, **changes)
+    alone = bcq_tensor(q.codes, q.scales[:, :1], q.offsets[:, :1])  # type: ignore[index]
+    assert alone.group_size == 16

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kernel_cases import binary_coded
 from tiny_vocab import CHATML, byte_level_json
 from tmac_py.config import ModelConfig
 from tmac_py.lutwriter import LutWriter
@@ -46,6 +47,16 @@ def ternary_as_uniform(weights) -> QuantTensor:
     q = ternary(weights)
     scales = np.full((q.m, 1), q.scale, np.float16)
     return replace(q, encoding="uniform", scales=scales, scale=None)
+
+
+def asymmetric(weights, bits=4) -> QuantTensor:
+    """Evenly spaced weights with offsets."""
+    return quantize_rtn(weights, bits=bits, group_size=32, asym=True)
+
+
+def binary(weights, bits=4) -> QuantTensor:
+    """The same, binary-coded."""
+    return binary_coded(asymmetric(weights, bits))
 
 
 def write_tiny_model(

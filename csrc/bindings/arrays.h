@@ -42,7 +42,8 @@ inline OffsetKind parse_offset_kind(const std::string& text) {
 inline Encoding parse_encoding(const std::string& text) {
   if (text == "uniform") return Encoding::kUniform;
   if (text == "ternary") return Encoding::kTernary;
-  throw std::invalid_argument("encoding must be 'uniform' or 'ternary', not '" + text + "'");
+  if (text == "bcq") return Encoding::kBcq;
+  throw std::invalid_argument("encoding must be 'uniform', 'ternary' or 'bcq', not '" + text + "'");
 }
 
 inline LinearSpec parse_spec(int64_t m, int64_t k, int bits, int64_t group_size,

@@ -8,15 +8,21 @@ namespace {
 
 using namespace py::literals;
 
-// Binary16 numbers [m, n_groups], or null for None, which is what `kind` asks for if not `wanted`.
-const uint16_t* half_data(const py::object& array, const char* name, const LinearSpec& spec,
-                          bool wanted, const std::string& kind) {
+// Shape of the scales: [m, n_groups], binary-coded [m, n_groups, bits].
+std::vector<int64_t> scale_shape(const LinearSpec& spec) {
+  std::vector<int64_t> shape{spec.m, spec.n_groups()};
+  if (spec.bcq()) shape.push_back(spec.bits);
+  return shape;
+}
+
+// Binary16 numbers, or null for None, which is what `kind` asks for if not `wanted`.
+const uint16_t* half_data(const py::object& array, const char* name,
+                          const std::vector<int64_t>& shape, bool wanted, const std::string& kind) {
   check_argument(array.is_none() != wanted, kind, " goes with ", wanted ? "an array of " : "no ",
                  name);
   if (!wanted) return nullptr;
   check_argument(py::isinstance<py::array>(array), name, " must be an array");
-  return array_data<uint16_t>(py::reinterpret_borrow<py::array>(array), name,
-                              {spec.m, spec.n_groups()}, "float16");
+  return array_data<uint16_t>(py::reinterpret_borrow<py::array>(array), name, shape, "float16");
 }
 
 py::array_t<uint8_t> pack_codes(const py::array& codes, const py::object& scales,
@@ -27,11 +33,11 @@ py::array_t<uint8_t> pack_codes(const py::array& codes, const py::object& scales
   const LinearSpec spec =
       parse_spec(codes.shape(0), codes.shape(1), bits, group_size, offset_kind, encoding, scale);
   const auto* code_data = array_data<uint8_t>(codes, "codes", {spec.m, spec.k}, "uint8");
-  const auto* scale_data =
-      half_data(scales, "scales", spec, !scale, scale ? "a scale for the matrix" : "no scale");
+  const auto* scale_data = half_data(scales, "scales", scale_shape(spec), !scale,
+                                     scale ? "a scale for the matrix" : "no scale");
   const auto* offset_data =
-      half_data(offsets, "offsets", spec, spec.offset_kind != OffsetKind::kNone,
-                "offset_kind '" + offset_kind + "'");
+      half_data(offsets, "offsets", {spec.m, spec.n_groups()},
+                spec.offset_kind != OffsetKind::kNone, "offset_kind '" + offset_kind + "'");
   py::array_t<uint8_t> packed(spec.packed_bytes());
   uint8_t* out = packed.mutable_data();
   py::gil_scoped_release release;
@@ -50,7 +56,7 @@ py::tuple unpack_codes(const py::array& packed, int64_t m, int64_t k, int bits, 
   const auto* data = array_data<uint8_t>(packed, "packed", {spec.packed_bytes()}, "uint8");
   const py::dtype half("float16");
   py::array_t<uint8_t> codes({m, k});
-  py::array scales(half, {m, spec.n_groups()});
+  py::array scales(half, scale_shape(spec));
   py::array offsets(half, {m, spec.n_groups()});
   auto* code_data = codes.mutable_data();
   auto* scale_data = static_cast<uint16_t*>(scales.mutable_data());
@@ -104,7 +110,7 @@ void bind_linear(py::module_& module) {
              py::kw_only(), "bits"_a, "group_size"_a, "offset_kind"_a, "encoding"_a = "uniform",
              "scale"_a = py::none(),
              "Packs codes [m, k] uint8 with scales (unless the matrix has one scale) and offsets "
-             "[m, n_groups] float16.");
+             "[m, n_groups] float16; bcq has scales [m, n_groups, bits].");
   module.def("unpack", &unpack_codes, "packed"_a, py::kw_only(), "m"_a, "k"_a, "bits"_a,
              "group_size"_a, "offset_kind"_a, "encoding"_a = "uniform", "scale"_a = py::none(),
              "The codes, scales and offsets (None where there are none) of a packed matrix.");

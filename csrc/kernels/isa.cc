@@ -21,6 +21,7 @@ namespace {
 #include "kernels/build_lut.inl"
 #include "kernels/build_lut_ternary.inl"
 #include "kernels/multiply_tile.inl"
+#include "kernels/multiply_tile_bcq.inl"
 #include "kernels/multiply_tile_ternary.inl"
 #include "kernels/quantize_rows.inl"
 #include "kernels/unpack_tile.inl"
@@ -40,6 +41,10 @@ using Isa = TMAC_ISA_TYPE;
    multiply_tile<Isa, 4, parts>, multiply_tile<Isa, 5, parts>, multiply_tile<Isa, 6, parts>, \
    multiply_tile<Isa, 7, parts>, multiply_tile<Isa, 8, parts>}
 
+#define TMAC_BCQ_TILES(parts)                                          \
+  {multiply_bcq_tile<Isa, 1, parts>, multiply_bcq_tile<Isa, 2, parts>, \
+   multiply_bcq_tile<Isa, 3, parts>, multiply_bcq_tile<Isa, 4, parts>}
+
 #define TMAC_ROWS(parts)                                                                     \
   {multiply_rows<Isa, 1, parts>, multiply_rows<Isa, 2, parts>, multiply_rows<Isa, 3, parts>, \
    multiply_rows<Isa, 4, parts>, multiply_rows<Isa, 5, parts>, multiply_rows<Isa, 6, parts>, \
@@ -54,6 +59,7 @@ const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME) = {
     build_ternary_region<Isa::Ternary>,
     ternary_places(Isa::Ternary::Trits::kEntries),
     {TMAC_TILES(1), TMAC_TILES(2)},
+    {TMAC_BCQ_TILES(1), TMAC_BCQ_TILES(2)},
     {multiply_ternary_tile<Isa::Ternary, 1>, multiply_ternary_tile<Isa::Ternary, 2>},
     quantize_row<Isa>,
     {TMAC_ROWS(1), TMAC_ROWS(2)},

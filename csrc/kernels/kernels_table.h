@@ -27,6 +27,8 @@ struct Kernels {
   using MultiplyTile = void (*)(const LinearSpec& spec, const uint8_t* tile, const LutView* luts,
                                 int64_t n, float* y, int64_t stride);
   MultiplyTile multiply_tile[2][kMaxBits];
+  // The same for binary-coded weights.
+  MultiplyTile multiply_bcq_tile[2][kMaxBcqBits];
   // For ternary weights, by parts of the tables - 1.
   MultiplyTile multiply_ternary_tile[2];
 

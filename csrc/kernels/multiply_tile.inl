@@ -56,20 +56,72 @@ struct PlaneSums {
 // that the page is looked up in time too.
 constexpr int64_t kPrefetchBytes = 8192;
 
-// As many tokens as have their accumulators in registers.
-template <typename S, int kBits, int kParts>
-constexpr int tokens_together() {
-  constexpr int kFit = S::kAccumulators / (PlaneSums<S, kBits, 2>::kAccumulators * kParts);
+// As many tokens as have their accumulators, so many for each, in registers.
+template <typename S, int kAccumulators>
+constexpr int tokens_fitting() {
+  constexpr int kFit = S::kAccumulators / kAccumulators;
   return kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
 }
 
-template <typename S, int kBits, int kParts, int kTokens>
-struct TileProduct {
-  using F = typename S::F;
+template <typename S, int kBits, int kParts>
+constexpr int tokens_together() {
+  return tokens_fitting<S, PlaneSums<S, kBits, 2>::kAccumulators * kParts>();
+}
+
+// Calls segment(at, region, chunk, end) for the codes of each group in each region, chunks [chunk,
+// end) of the row, and group_end(constants) after those of a group.
+template <int64_t kChunkBytes, typename Segment, typename GroupEnd>
+inline void walk_groups(const LinearSpec& spec, const uint8_t* tile, const Segment& segment,
+                        const GroupEnd& group_end) {
+  const int64_t n_groups = spec.n_groups(), full_chunks = spec.group_chunks();
+  const int64_t scale_bytes = spec.scale_bytes();
+  const uint8_t* at = tile;
+  int64_t chunk = 0;
+  for (int64_t g = 0; g < n_groups; ++g) {
+    const int64_t chunks_end = chunk + (g + 1 < n_groups ? full_chunks : spec.chunks_in(g));
+    while (chunk < chunks_end) {
+      const int64_t region = chunk / kRegionChunks, region_end = (region + 1) * kRegionChunks;
+      const int64_t end = region_end < chunks_end ? region_end : chunks_end;
+      segment(at, region, chunk, end);
+      at += (end - chunk) * kChunkBytes;
+      chunk = end;
+    }
+    group_end(reinterpret_cast<const uint16_t*>(at));
+    at += scale_bytes;
+  }
+}
+
+// y [kTokens, 32], rows `stride` apart, = acc in the unit of each token.
+template <typename S, int kTokens, int kVectors>
+inline void store_product(const typename S::F (&acc)[kTokens][kVectors], const LutView* luts,
+                          float* y, int64_t stride) {
+  for (int t = 0; t < kTokens; ++t) {
+    const auto unit = S::set(luts[t].token_unit[0]);
+    for (int i = 0; i < kVectors; ++i) {
+      S::store_f(y + t * stride + i * S::kFloats, S::mul(acc[t][i], unit));
+    }
+  }
+}
+
+// Calls product(tokens, first) for the tokens [t, n), kTogether of them at a time, of the rest half
+// as many, and so on.
+template <int kTogether, typename Product>
+inline void take_tokens(int64_t n, const Product& product, int64_t t = 0) {
+  for (; t + kTogether <= n; t += kTogether) {
+    product(std::integral_constant<int, kTogether>{}, t);
+  }
+  if constexpr (kTogether > 1) {
+    if (t < n) take_tokens<kTogether / 2>(n, product, t);
+  }
+}
+
+// Sums of one segment of a tile whose chunks are kChunkBytes apart: of kBits planes in sets, which
+// may be some of those that a chunk has.
+template <typename S, int kBits, int kParts, int kTokens, int64_t kChunkBytes>
+struct SegmentSums {
   using I = typename S::I;
   using Sums = PlaneSums<S, kBits, kTokens>;
   static constexpr int kVectors = kTileRows / S::kFloats;
-  static constexpr int64_t kChunkBytes = kTileRows * kBits;
 
   const LutView* const luts;  // [kTokens]
 
@@ -124,16 +176,17 @@ struct TileProduct {
   }
 
   // rows [kTokens, kVectors] of the chunks [chunk, end) of one region, which are whole halves of
-  // it.
-  inline void add_halves(const uint8_t* at, int64_t chunk, int64_t end,
+  // it. Of the bytes that follow each other from `ahead` on, as many are prefetched as are read.
+  inline void add_halves(const uint8_t* at, const uint8_t* ahead, int64_t chunk, int64_t end,
                          I (&rows)[kTokens][kVectors]) const {
     Sums sums[kTokens][kParts];
     for (int64_t half = chunk / kHalfChunks; half < end / kHalfChunks; ++half) {
-      for (int64_t line = 0; line < kHalfChunks * kChunkBytes; line += 64) {
-        S::prefetch(at + line + kPrefetchBytes);
+      for (int64_t line = 0; line < kHalfChunks * kTileRows * kBits; line += 64) {
+        S::prefetch(ahead + line);
       }
       add_chunks<kHalfChunks>(sums, at, half, 0);
       at += kHalfChunks * kChunkBytes;
+      ahead += kHalfChunks * kChunkBytes;
     }
     repeat<kTokens * kVectors>(
         [&](auto i) { rows[i / kVectors][i % kVectors] = row(sums[i / kVectors], i % kVectors); });
@@ -159,59 +212,71 @@ struct TileProduct {
     for (int i = 0; i < kVectors; ++i) rows[0][i] = row(sums[0], i);
   }
 
+  // rows of the chunks [chunk, end) of one region.
+  inline void add(const uint8_t* at, const uint8_t* ahead, int64_t chunk, int64_t end,
+                  I (&rows)[kTokens][kVectors]) const {
+    if (chunk % kHalfChunks == 0 && end % kHalfChunks == 0) [[likely]] {
+      add_halves(at, ahead, chunk, end, rows);
+      return;
+    }
+    using OneToken = SegmentSums<S, kBits, kParts, 1, kChunkBytes>;
+    for (int t = 0; t < kTokens; ++t) {
+      I one[1][kVectors];
+      OneToken{luts + t}.add_pieces(at, chunk, end, one);
+      for (int i = 0; i < kVectors; ++i) rows[t][i] = one[0][i];
+    }
+  }
+
+  // Adds the sums of the activations of the chunks [chunk, end) of one region.
+  inline void add_activations(int64_t region, int64_t chunk, int64_t end,
+                              float (&x_sum)[kTokens]) const {
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+      if (end - chunk == kRegionChunks) {
+        x_sum[t] += luts[t].region_sum[region];
+      } else {
+        for (int64_t c = chunk; c < end; ++c) x_sum[t] += luts[t].chunk_sum[c];
+      }
+    }
+  }
+};
+
+template <typename S, int kBits, int kParts, int kTokens>
+struct TileProduct {
+  using F = typename S::F;
+  using I = typename S::I;
+  static constexpr int kVectors = kTileRows / S::kFloats;
+  static constexpr int64_t kChunkBytes = kTileRows * kBits;
+
+  const LutView* const luts;  // [kTokens]
+
   // y [kTokens, 32], rows `stride` apart.
   TMAC_FLATTEN void run(const LinearSpec& spec, const uint8_t* tile, float* y,
                         int64_t stride) const {
     constexpr float kHalf = ((1 << kBits) - 1) * 0.5f;
-    const int64_t n_groups = spec.n_groups();
-    const int64_t full_chunks = spec.group_chunks();
     const bool constant_zero = spec.offset_kind == OffsetKind::kNone;
     const float centre = constant_zero ? kHalf - spec.zero : kHalf;
+    const SegmentSums<S, kBits, kParts, kTokens, kChunkBytes> sums{luts};
 
-    F acc[kTokens][kVectors];
-    for (auto& token : acc) {
-      for (F& a : token) a = S::set(0);
+    F acc[kTokens][kVectors], group[kTokens][kVectors];
+    for (int t = 0; t < kTokens; ++t) {
+      for (int i = 0; i < kVectors; ++i) acc[t][i] = group[t][i] = S::set(0);
     }
-    const uint8_t* at = tile;
-    int64_t chunk = 0;
-    for (int64_t g = 0; g < n_groups; ++g) {
-      const int64_t group_end = chunk + (g + 1 < n_groups ? full_chunks : spec.chunks_in(g));
-      F group[kTokens][kVectors];
-      float x_sum[kTokens] = {};
-      for (auto& token : group) {
-        for (F& v : token) v = S::set(0);
-      }
-      while (chunk < group_end) {
-        const int64_t region = chunk / kRegionChunks, region_end = (region + 1) * kRegionChunks;
-        const int64_t end = region_end < group_end ? region_end : group_end;
-        I rows[kTokens][kVectors];
-        if (chunk % kHalfChunks == 0 && end % kHalfChunks == 0) {
-          add_halves(at, chunk, end, rows);
-        } else [[unlikely]] {
-          using OneToken = TileProduct<S, kBits, kParts, 1>;
-          for (int t = 0; t < kTokens; ++t) {
-            I one[1][kVectors];
-            OneToken{luts + t}.add_pieces(at, chunk, end, one);
-            for (int i = 0; i < kVectors; ++i) rows[t][i] = one[0][i];
-          }
-        }
-        at += (end - chunk) * kChunkBytes;
+    float x_sum[kTokens] = {};
+    const auto segment = [&](const uint8_t* at, int64_t region, int64_t chunk, int64_t end) {
+      I rows[kTokens][kVectors];
+      sums.add(at, at + kPrefetchBytes, chunk, end, rows);
+      sums.add_activations(region, chunk, end, x_sum);
 #pragma GCC unroll 4
-        for (int t = 0; t < kTokens; ++t) {
-          if (end - chunk == kRegionChunks) {
-            x_sum[t] += luts[t].region_sum[region];
-          } else {
-            for (int64_t c = chunk; c < end; ++c) x_sum[t] += luts[t].chunk_sum[c];
-          }
-          const F unit = S::set(luts[t].half_unit[region]);
+      for (int t = 0; t < kTokens; ++t) {
+        const F unit = S::set(luts[t].half_unit[region]);
 #pragma GCC unroll 8
-          for (int i = 0; i < kVectors; ++i) {
-            group[t][i] = S::fma(S::to_float(rows[t][i]), unit, group[t][i]);
-          }
+        for (int i = 0; i < kVectors; ++i) {
+          group[t][i] = S::fma(S::to_float(rows[t][i]), unit, group[t][i]);
         }
-        chunk = end;
       }
-      const uint16_t* scales = reinterpret_cast<const uint16_t*>(at);
+    };
+    const auto group_end = [&](const uint16_t* scales) {
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors; ++i) {
         const F scale = S::load_half(scales + i * S::kFloats);
@@ -227,30 +292,20 @@ struct TileProduct {
             value = S::sub(value, S::mul(stored, sum));
           }
           acc[t][i] = S::fma(scale, value, acc[t][i]);
+          group[t][i] = S::set(0);
         }
       }
-      at += spec.scale_bytes();
-    }
-    for (int t = 0; t < kTokens; ++t) {
-      const F unit = S::set(luts[t].token_unit[0]);
-      for (int i = 0; i < kVectors; ++i) {
-        S::store_f(y + t * stride + i * S::kFloats, S::mul(acc[t][i], unit));
-      }
-    }
+      for (float& sum : x_sum) sum = 0;
+    };
+    walk_groups<kChunkBytes>(spec, tile, segment, group_end);
+    store_product<S>(acc, luts, y, stride);
   }
 };
 
-template <typename S, int kBits, int kParts, int kTokens = tokens_together<S, kBits, kParts>()>
+template <typename S, int kBits, int kParts>
 void multiply_tile(const LinearSpec& spec, const uint8_t* tile, const LutView* luts, int64_t n,
                    float* y, int64_t stride) {
-  int64_t t = 0;
-  for (; t + kTokens <= n; t += kTokens) {
-    TileProduct<S, kBits, kParts, kTokens>{luts + t}.run(spec, tile, y + t * stride, stride);
-  }
-  if constexpr (kTokens > 1) {
-    if (t < n) {
-      multiply_tile<S, kBits, kParts, kTokens / 2>(spec, tile, luts + t, n - t, y + t * stride,
-                                                   stride);
-    }
-  }
+  take_tokens<tokens_together<S, kBits, kParts>()>(n, [&](auto tokens, int64_t t) {
+    TileProduct<S, kBits, kParts, tokens>{luts + t}.run(spec, tile, y + t * stride, stride);
+  });
 }

@@ -98,27 +98,15 @@ struct TernaryProduct {
       }
       group_at += spec.scale_bytes();
     }
-    for (int t = 0; t < kTokens; ++t) {
-      const F unit = S::set(luts[t].token_unit[0]);
-      for (int i = 0; i < kVectors; ++i) {
-        S::store_f(y + t * stride + i * S::kFloats, S::mul(acc[t][i], unit));
-      }
-    }
+    store_product<S>(acc, luts, y, stride);
   }
 };
 
 template <typename S, int kParts>
 void multiply_ternary_tile(const LinearSpec& spec, const uint8_t* tile, const LutView* luts,
                            int64_t n, float* y, int64_t stride) {
-  constexpr int kFit = S::kAccumulators / (S::Trits::kAccumulators * kParts);
-  constexpr int kTokens = kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
-  int64_t t = 0;
-  for (; t + kTokens <= n; t += kTokens) {
-    TernaryProduct<S, kParts, kTokens>{luts + t}.run(spec, tile, y + t * stride, stride);
-  }
-  if constexpr (kTokens > 1) {
-    for (; t < n; ++t) {
-      TernaryProduct<S, kParts, 1>{luts + t}.run(spec, tile, y + t * stride, stride);
-    }
-  }
+  constexpr int kTokens = tokens_fitting<S, S::Trits::kAccumulators * kParts>();
+  take_tokens<kTokens>(n, [&](auto tokens, int64_t t) {
+    TernaryProduct<S, kParts, tokens>{luts + t}.run(spec, tile, y + t * stride, stride);
+  });
 }

@@ -29,30 +29,36 @@ void walk_tile(const LinearSpec& spec, int64_t tile_at, const Chunk& chunk,
   }
 }
 
+// Bytes of one constant for each row of a tile.
+constexpr int64_t kConstantBytes = 2 * kTileRows;
+
 // Where the byte of row r (of the tile) and bit plane p stands in a chunk.
-int64_t plane_byte(int bits, int64_t r, int p) {
+int64_t plane_byte(const LinearSpec& spec, int64_t r, int p) {
+  if (spec.bcq()) return kTileRows * p + r;
   int first = 0;
-  int width = plane_set_width(bits, 0);
+  int width = plane_set_width(spec.bits, 0);
   while (p >= first + width) {
     first += width;
-    width = plane_set_width(bits, first);
+    width = plane_set_width(spec.bits, first);
   }
   return kTileRows * first + r * width + (p - first);
 }
 
 // The n codes of row r of a tile, to and from a chunk of bit planes.
-void pack_planes(int bits, const uint8_t* codes, int64_t n, int64_t r, uint8_t* chunk) {
-  for (int p = 0; p < bits; ++p) {
+void pack_planes(const LinearSpec& spec, const uint8_t* codes, int64_t n, int64_t r,
+                 uint8_t* chunk) {
+  for (int p = 0; p < spec.bits; ++p) {
     uint8_t byte = 0;
     for (int64_t i = 0; i < n; ++i) byte |= static_cast<uint8_t>(((codes[i] >> p) & 1) << i);
-    chunk[plane_byte(bits, r, p)] = byte;
+    chunk[plane_byte(spec, r, p)] = byte;
   }
 }
 
-void unpack_planes(int bits, const uint8_t* chunk, int64_t n, int64_t r, uint8_t* codes) {
+void unpack_planes(const LinearSpec& spec, const uint8_t* chunk, int64_t n, int64_t r,
+                   uint8_t* codes) {
   std::memset(codes, 0, static_cast<size_t>(n));
-  for (int p = 0; p < bits; ++p) {
-    const uint8_t byte = chunk[plane_byte(bits, r, p)];
+  for (int p = 0; p < spec.bits; ++p) {
+    const uint8_t byte = chunk[plane_byte(spec, r, p)];
     for (int64_t i = 0; i < n; ++i) codes[i] |= static_cast<uint8_t>(((byte >> i) & 1) << p);
   }
 }
@@ -62,7 +68,7 @@ void unpack_chunk(const LinearSpec& spec, const uint8_t* chunk, int64_t n, int64
   if (spec.ternary()) {
     unpack_ternary(chunk, n, r, codes);
   } else {
-    unpack_planes(spec.bits, chunk, n, r, codes);
+    unpack_planes(spec, chunk, n, r, codes);
   }
 }
 
@@ -82,6 +88,10 @@ void check_spec(const LinearSpec& spec) {
   check_argument(!spec.ternary() || spec.bits == 2, "ternary codes have 2 bits, not ", spec.bits);
   check_argument(!spec.ternary() || (spec.offset_kind == OffsetKind::kNone && spec.zero == 1),
                  "ternary weights have no offsets, and their zero is 1");
+  check_argument(!spec.bcq() || spec.bits <= kMaxBcqBits,
+                 "binary-coded weights have 1 to 4 bits, not ", spec.bits);
+  check_argument(!spec.bcq() || (spec.offset_kind == OffsetKind::kOffset && spec.zero == 0),
+                 "binary-coded weights have offsets, and their zero is 0");
   check_argument(spec.scale_kind == ScaleKind::kStored ||
                      (spec.ternary() && spec.group_size == spec.k && std::isfinite(spec.scale)),
                  "a scale for the whole matrix must be finite, and the matrix ternary, its "
@@ -91,7 +101,7 @@ void check_spec(const LinearSpec& spec) {
 void pack(const LinearSpec& spec, const uint8_t* codes, const uint16_t* scales,
           const uint16_t* offsets, uint8_t* packed) {
   std::memset(packed, 0, static_cast<size_t>(spec.packed_bytes()));
-  const int64_t n_groups = spec.n_groups();
+  const int64_t n_groups = spec.n_groups(), n_scales = spec.n_scales();
   for (int64_t t = 0; t < spec.n_tiles(); ++t) {
     const int64_t row0 = t * kTileRows;
     const int64_t rows = std::min<int64_t>(kTileRows, spec.m - row0);
@@ -103,18 +113,19 @@ void pack(const LinearSpec& spec, const uint8_t* codes, const uint16_t* scales,
             if (spec.ternary()) {
               pack_ternary(row, n, r, packed + at);
             } else {
-              pack_planes(spec.bits, row, n, r, packed + at);
+              pack_planes(spec, row, n, r, packed + at);
             }
           }
         },
         [&](int64_t g, int64_t at) {
           for (int64_t r = 0; r < rows; ++r) {
             const int64_t i = (row0 + r) * n_groups + g;
-            if (spec.scale_kind == ScaleKind::kStored) {
-              std::memcpy(packed + at + 2 * r, scales + i, 2);
+            uint8_t* const constants = packed + at + 2 * r;
+            for (int64_t p = 0; p < n_scales; ++p) {
+              std::memcpy(constants + p * kConstantBytes, scales + i * n_scales + p, 2);
             }
             if (spec.offset_kind != OffsetKind::kNone) {
-              std::memcpy(packed + at + 2 * (kTileRows + r), offsets + i, 2);
+              std::memcpy(constants + n_scales * kConstantBytes, offsets + i, 2);
             }
           }
         });
@@ -123,7 +134,7 @@ void pack(const LinearSpec& spec, const uint8_t* codes, const uint16_t* scales,
 
 void unpack(const LinearSpec& spec, const uint8_t* packed, uint8_t* codes, uint16_t* scales,
             uint16_t* offsets) {
-  const int64_t n_groups = spec.n_groups();
+  const int64_t n_groups = spec.n_groups(), n_scales = spec.n_scales();
   for (int64_t t = 0; t < spec.n_tiles(); ++t) {
     const int64_t row0 = t * kTileRows;
     const int64_t rows = std::min<int64_t>(kTileRows, spec.m - row0);
@@ -137,11 +148,12 @@ void unpack(const LinearSpec& spec, const uint8_t* packed, uint8_t* codes, uint1
         [&](int64_t g, int64_t at) {
           for (int64_t r = 0; r < rows; ++r) {
             const int64_t i = (row0 + r) * n_groups + g;
-            if (spec.scale_kind == ScaleKind::kStored) {
-              std::memcpy(scales + i, packed + at + 2 * r, 2);
+            const uint8_t* const constants = packed + at + 2 * r;
+            for (int64_t p = 0; p < n_scales; ++p) {
+              std::memcpy(scales + i * n_scales + p, constants + p * kConstantBytes, 2);
             }
             if (spec.offset_kind != OffsetKind::kNone) {
-              std::memcpy(offsets + i, packed + at + 2 * (kTileRows + r), 2);
+              std::memcpy(offsets + i, constants + n_scales * kConstantBytes, 2);
             }
           }
         });
@@ -158,22 +170,31 @@ void dequantize_row(const LinearSpec& spec, const uint8_t* packed, int64_t row, 
         for (int64_t i = 0; i < n; ++i) out[k0 + i] = static_cast<float>(codes[i]);
       },
       [&](int64_t g, int64_t at) {
-        uint16_t scale_bits = 0, offset_bits = 0;
-        if (spec.scale_kind == ScaleKind::kStored) {
-          std::memcpy(&scale_bits, packed + at + 2 * r, 2);
+        const auto constant = [&](int64_t i) {
+          uint16_t half;
+          std::memcpy(&half, packed + at + i * kConstantBytes + 2 * r, 2);
+          return half_to_float(half);
+        };
+        const int64_t begin = g * spec.group_size, end = std::min(spec.k, begin + spec.group_size);
+        const float stored = spec.offset_kind == OffsetKind::kNone ? 0 : constant(spec.n_scales());
+        if (spec.bcq()) {
+          float levels[1 << kMaxBcqBits];
+          for (int code = 0; code < 1 << spec.bits; ++code) {
+            levels[code] = 0;
+            for (int p = 0; p < spec.bits; ++p) {
+              levels[code] += code >> p & 1 ? constant(p) : -constant(p);
+            }
+            levels[code] += stored;
+          }
+          for (int64_t j = begin; j < end; ++j) out[j] = levels[static_cast<int>(out[j])];
+          return;
         }
-        if (spec.offset_kind != OffsetKind::kNone) {
-          std::memcpy(&offset_bits, packed + at + 2 * (kTileRows + r), 2);
-        }
-        const float scale =
-            spec.scale_kind == ScaleKind::kMatrix ? spec.scale : half_to_float(scale_bits);
-        const float stored = half_to_float(offset_bits);
+        const float scale = spec.scale_kind == ScaleKind::kMatrix ? spec.scale : constant(0);
         const float zero = spec.offset_kind == OffsetKind::kNone   ? spec.zero
                            : spec.offset_kind == OffsetKind::kZero ? stored
                                                                    : 0;
         const float offset = spec.offset_kind == OffsetKind::kOffset ? stored : 0;
-        const int64_t end = std::min(spec.k, (g + 1) * spec.group_size);
-        for (int64_t j = g * spec.group_size; j < end; ++j) {
+        for (int64_t j = begin; j < end; ++j) {
           out[j] = scale * (out[j] - zero) + offset;
         }
       });

@@ -14,14 +14,19 @@ namespace tmac {
 // "planes421-m32": chunks of 8 weights. The bit planes of a chunk are taken in sets of 4, then 2,
 // then 1, lowest first. In a set of w planes, byte r * w + p holds plane p of row r: its low nibble
 // indexes the table of weights 0-3, its high nibble that of weights 4-7.
+//
+// "bcq-m32": the same, but every plane is a set of its own, and each group has as many scales for a
+// row as there are planes: 32 of plane 0, 32 of plane 1, ...
 constexpr int kTileRows = 32;
 constexpr int kTableWeights = 4;  // weights behind one table lookup
 constexpr int kChunkWeights = 8;  // weights behind one byte of codes
 constexpr int kMaxBits = 8;
+constexpr int kMaxBcqBits = 4;
 
 enum class Encoding : uint8_t {
   kUniform,  // codes of 1 to 8 bits as bit planes: "planes421-m32"
   kTernary,  // codes 0, 1, 2 of the weights -1, 0, 1 times a scale: "trits3-m32"
+  kBcq,      // codes of 1 to 4 bits, each with a scale: w = sum +-scale + offset: "bcq-m32"
 };
 
 enum class OffsetKind : uint8_t {
@@ -31,14 +36,14 @@ enum class OffsetKind : uint8_t {
 };
 
 enum class ScaleKind : uint8_t {
-  kStored,  // a scale for each row and group
+  kStored,  // a scale for each row and group, of binary-coded weights one for each bit
   kMatrix,  // one scale for the whole matrix, which is not part of the packed bytes: ternary only
 };
 
 struct LinearSpec {
   int64_t m = 0;  // out features
   int64_t k = 0;  // in features
-  int bits = 0;   // 1 to 8; ternary: 2
+  int bits = 0;   // 1 to 8; ternary: 2; binary-coded: 1 to 4
   Encoding encoding = Encoding::kUniform;
   int64_t group_size = 0;  // weights along k that share a scale: a multiple of 4, or k
   ScaleKind scale_kind = ScaleKind::kStored;
@@ -49,6 +54,7 @@ struct LinearSpec {
   int64_t n_groups() const { return ceil_div(k, group_size); }
   int64_t n_tiles() const { return ceil_div(m, kTileRows); }
   bool ternary() const { return encoding == Encoding::kTernary; }
+  bool bcq() const { return encoding == Encoding::kBcq; }
   int64_t chunk_weights() const { return ternary() ? kTernaryChunkWeights : kChunkWeights; }
   int64_t group_chunks() const { return ceil_div(group_size, chunk_weights()); }
   // Weights and chunks of group g: the last group may be ragged.
@@ -67,10 +73,12 @@ struct LinearSpec {
     const int64_t before = chunks_in(g) - 1, last = weights_in(g) - before * chunk_weights();
     return before * chunk_bytes(chunk_weights()) + chunk_bytes(last);
   }
-  int64_t scale_bytes() const {
-    if (scale_kind == ScaleKind::kMatrix) return 0;
-    return 2 * kTileRows * (offset_kind == OffsetKind::kNone ? 1 : 2);
+  // Scales stored for each row and group.
+  int64_t n_scales() const {
+    return scale_kind == ScaleKind::kMatrix ? 0 : encoding == Encoding::kBcq ? bits : 1;
   }
+  int64_t n_constants() const { return n_scales() + (offset_kind == OffsetKind::kNone ? 0 : 1); }
+  int64_t scale_bytes() const { return 2 * kTileRows * n_constants(); }
   int64_t tile_bytes() const {
     const int64_t last = n_groups() - 1;
     return round_up(last * code_bytes(0) + code_bytes(last) + n_groups() * scale_bytes(),
@@ -93,7 +101,8 @@ constexpr int plane_set_width(int bits, int first) {
   return bits - first >= 4 ? 4 : bits - first >= 2 ? 2 : 1;
 }
 
-// codes [m, k], scales and offsets [m, n_groups] as binary16 bits -> packed [packed_bytes].
+// codes [m, k], scales [m, n_groups, n_scales] and offsets [m, n_groups] as binary16 bits -> packed
+// [packed_bytes].
 // scales is null for ScaleKind::kMatrix, offsets for OffsetKind::kNone.
 void pack(const LinearSpec& spec, const uint8_t* codes, const uint16_t* scales,
           const uint16_t* offsets, uint8_t* packed);

@@ -15,13 +15,8 @@ InputPlan::InputPlan(std::initializer_list<LinearSpec> readers) {
       n_regions_ += shape.n_regions();
     }
     reader_regions_.push_back(set->first_region);
+    if (spec.encoding != Encoding::kUniform) tokens_at_once_ = kTableTokens;
   }
-}
-
-int64_t InputPlan::tokens_at_once() const {
-  const bool tables_only =
-      std::any_of(sets_.begin(), sets_.end(), [](const Set& set) { return set.shape.ternary; });
-  return tables_only ? kTableTokens : kTokensAtOnce;
 }
 
 // The activations of the i-th region of a shape. x [shape.k] -> out [region_weights].

@@ -51,8 +51,8 @@ class InputPlan {
   bool contiguous() const {
     return sets_.size() == 1 && sets_[0].shape.contiguous() && !sets_[0].shape.ternary;
   }
-  // Tokens that the readers can take in together: there are no integers for ternary weights.
-  int64_t tokens_at_once() const;
+  // Tokens that the readers can take in together: only uniform codes are multiplied as integers.
+  int64_t tokens_at_once() const { return tokens_at_once_; }
   // Where the regions of the i-th reader begin.
   int64_t first_region(size_t reader) const { return reader_regions_[reader]; }
 
@@ -89,6 +89,7 @@ class InputPlan {
   std::vector<Set> sets_;
   std::vector<int64_t> reader_regions_;
   int64_t n_regions_ = 0;
+  int64_t tokens_at_once_ = kTokensAtOnce;
 };
 
 }  // namespace tmac

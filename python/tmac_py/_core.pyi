@@ -22,7 +22,7 @@ def active_isa() -> str: ...
 
 OffsetKind = Literal["none", "offset", "zero"]
 Tables = Literal["int8", "exact", "exact8"]
-Encoding = Literal["uniform", "ternary"]
+Encoding = Literal["uniform", "ternary", "bcq"]
 
 def packed_nbytes(
     m: int,

@@ -13,7 +13,7 @@ import xxhash
 
 from tmac_py.config import ModelConfig
 from tmac_py.errors import ModelFileError, TmacError
-from tmac_py.quant import MAX_BITS
+from tmac_py.quant import MAX_BCQ_BITS, MAX_BITS
 from tmac_py.spec import LAYOUTS, LinearSpec, OffsetKind
 
 FORMAT_VERSION = 1
@@ -66,7 +66,8 @@ def packed_nbytes(spec: LinearSpec) -> int:
     """Bytes of a packed matrix."""
     full_groups, ragged = divmod(spec.k, spec.group_size)
     n_groups = full_groups + (ragged > 0)
-    constants = (spec.scale is None) + (spec.offset_kind != "none")
+    scales = 0 if spec.scale is not None else spec.bits if spec.encoding == "bcq" else 1
+    constants = scales + (spec.offset_kind != "none")
     codes = full_groups * _row_bytes(spec, spec.group_size) + _row_bytes(spec, ragged)
     tile = codes * _ROW_TILE + n_groups * constants * 2 * _ROW_TILE
     padding = 0 if spec.scale is None else ALIGNMENT
@@ -75,7 +76,7 @@ def packed_nbytes(spec: LinearSpec) -> int:
 
 def _row_bytes(spec: LinearSpec, n: int) -> int:
     """Bytes that the codes of a row take in a group of n weights."""
-    if spec.encoding == "uniform":
+    if spec.encoding != "ternary":
         return -(-n // _CHUNK) * spec.bits
     full, rest = divmod(n, _TERNARY_CHUNK)
     return full * (1 + _TERNARY_CHUNK // 6) + (1 + max(2, -(-rest // 6)) if rest else 0)
@@ -104,6 +105,13 @@ def check_spec(spec: LinearSpec) -> None:
     if spec.encoding == "ternary" and (spec.bits, spec.offset_kind, spec.zero) != (2, "none", 1):
         raise ModelFileError(
             f"layout {spec.layout} needs bits 2, offset_kind none and zero 1, "
+            f"found {spec.bits}, {spec.offset_kind} and {spec.zero}"
+        )
+    if spec.encoding == "bcq" and (
+        spec.bits > MAX_BCQ_BITS or (spec.offset_kind, spec.zero) != ("offset", 0)
+    ):
+        raise ModelFileError(
+            f"layout {spec.layout} needs bits 1 to {MAX_BCQ_BITS}, offset_kind offset and zero 0, "
             f"found {spec.bits}, {spec.offset_kind} and {spec.zero}"
         )
     if spec.scale is not None:

@@ -17,6 +17,7 @@ from tmac_py.spec import LAYOUTS, Encoding, LinearSpec, OffsetKind
 Search = Literal["minmax", "mse"]
 
 MAX_BITS = 8
+MAX_BCQ_BITS = 4
 
 _CHUNK_ELEMENTS = 1 << 16
 """Weights worked on at once: a few float32 buffers of this size stay in the L2 cache."""
@@ -68,7 +69,8 @@ class QuantTensor:
     """
 
     codes: NDArray[np.uint8]  # [m, k], below 2**bits
-    scales: NDArray[np.float16] | None  # [m, n_groups]; None where the matrix has one `scale`
+    # [m, n_groups], or [m, n_groups, bits] for "bcq"; None where the matrix has one `scale`
+    scales: NDArray[np.float16] | None
     offsets: NDArray[np.float16] | None  # [m, n_groups]; None for offset_kind "none"
     bits: int
     group_size: int
@@ -90,8 +92,12 @@ class QuantTensor:
             raise ValueError(f"group_size {self.group_size} exceeds k = {self.k}")
         if (self.offsets is None) != (self.offset_kind == "none"):
             raise ValueError(f"offset_kind {self.offset_kind!r} and offsets contradict each other")
-        for name, values in (("scales", self.scales), ("offsets", self.offsets)):
-            wanted = (self.m, self.n_groups)
+        per_group = (self.m, self.n_groups)
+        per_scale = (*per_group, self.bits) if self.encoding == "bcq" else per_group
+        for name, values, wanted in (
+            ("scales", self.scales, per_scale),
+            ("offsets", self.offsets, per_group),
+        ):
             if values is not None and (values.dtype != np.float16 or values.shape != wanted):
                 raise ValueError(
                     f"{name} {values.dtype}{list(values.shape)}: float16{list(wanted)} is needed"
@@ -105,6 +111,12 @@ class QuantTensor:
                 raise ValueError("a ternary matrix has bits 2, offset_kind 'none' and zero 1")
             if int(self.codes.max()) > 2:
                 raise ValueError("code 3: a ternary matrix has codes 0, 1 and 2")
+        if self.encoding == "bcq" and (
+            self.bits > MAX_BCQ_BITS or (self.offset_kind, self.zero) != ("offset", 0)
+        ):
+            raise ValueError(
+                f"a binary-coded matrix has bits 1 to {MAX_BCQ_BITS}, offset_kind 'offset', zero 0"
+            )
         if (self.scale is None) == (self.scales is None):
             raise ValueError("either scales, or one scale for the whole matrix, are needed")
         if self.scale is not None:
@@ -144,6 +156,8 @@ class QuantTensor:
 
     def dequantize(self) -> NDArray[np.float32]:
         """The matrix in float32, ``[m, k]``."""
+        if self.encoding == "bcq":
+            return self._decode()
         out = self.codes.astype(np.float32)
         if self.offset_kind == "zero":
             out -= self._per_column(self.offsets)
@@ -153,6 +167,14 @@ class QuantTensor:
         if self.offset_kind == "offset":
             out += self._per_column(self.offsets)
         return out
+
+    def _decode(self) -> NDArray[np.float32]:
+        assert self.scales is not None
+        out = np.zeros((self.m, self.k), np.float32)
+        for p in range(self.bits):
+            scales = self._per_column(self.scales[..., p])
+            out += np.where(self.codes >> p & 1, scales, -scales)
+        return out + self._per_column(self.offsets)
 
     def _per_column(self, values: NDArray[np.float16] | None) -> NDArray[np.float32]:
         assert values is not None
@@ -222,6 +244,22 @@ def ternary_tensor(
         return QuantTensor(codes, scales, None, 2, size, "none", 1.0, "ternary")
     scale = float(np.float32(scales))
     return QuantTensor(codes, None, None, 2, size, "none", 1.0, "ternary", scale)
+
+
+def bcq_tensor(
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float16],
+    offsets: NDArray[np.float16],
+    *,
+    group_size: int | None = None,
+) -> QuantTensor:
+    """The matrix of codes ``[m, k]`` whose bits have the scales ``[m, n_groups, bits]``.
+
+    Offsets are ``[m, n_groups]``, of groups of ``group_size`` weights (default: k).
+    Raises ValueError when shapes, dtypes or code values do not fit together.
+    """
+    size = codes.shape[-1] if group_size is None else group_size
+    return QuantTensor(codes, scales, offsets, scales.shape[-1], size, "offset", 0.0, "bcq")
 
 
 def quantize_ternary(w: MatrixLike, *, scale: float | None = None) -> QuantTensor:

@@ -11,10 +11,15 @@ Tables = Literal["int8", "exact", "exact8"]
 """Lookup tables: of 8 bits, with a step per 4 weights; or exact sums of activations rounded to 14
 bits per 64 weights, or (`exact8`, BitNet's arithmetic) to 8 bits per token."""
 
-Encoding = Literal["uniform", "ternary"]
-"""Codes: evenly spaced, of 1 to 8 bits; or 0, 1 and 2 for the weights -1, 0 and 1."""
+Encoding = Literal["uniform", "ternary", "bcq"]
+"""Codes: evenly spaced, of 1 to 8 bits; or 0, 1 and 2 for the weights -1, 0 and 1; or of 1 to 4
+bits that each have a scale (binary-coding quantisation: Park et al., 2024, LUT-GEMM)."""
 
-LAYOUTS: dict[Encoding, str] = {"uniform": "planes421-m32", "ternary": "trits3-m32"}
+LAYOUTS: dict[Encoding, str] = {
+    "uniform": "planes421-m32",
+    "ternary": "trits3-m32",
+    "bcq": "bcq-m32",
+}
 """Names of the packed layouts of the encodings (docs/lut-format.md)."""
 
 
@@ -30,6 +35,11 @@ class LinearSpec:
 
     Ternary matrices have 2 bits, offset kind ``"none"`` and ``zero`` 1. They may have one ``scale``
     (float32) for the whole matrix; then none are stored, and ``group_size`` is ``k``.
+
+    Binary-coded matrices (``encoding == "bcq"``) have 1 to 4 bits, offset kind ``"offset"``,
+    ``zero`` 0 and a scale for each bit, of any sign: ``w[i, j]`` is the sum of ``offsets[i, g]``
+    and, for each bit ``p``, of ``scales[i, g, p]`` if it is set in ``codes[i, j]``, and of
+    ``-scales[i, g, p]`` if not.
     """
 
     m: int

@@ -74,7 +74,8 @@ class Writer {
   std::ofstream file_;
 };
 
-// A matrix as cases hold it: spec, codes [m, k], scales and offsets [m, n_groups].
+// A matrix as cases hold it: spec, codes [m, k], scales [m, n_groups, n_scales], offsets [m,
+// n_groups].
 struct Matrix {
   explicit Matrix(Reader& in) {
     spec.m = in.integer();
@@ -88,10 +89,9 @@ struct Matrix {
     spec.scale = in.real();
     check_spec(spec);
     const int64_t constants = spec.m * spec.n_groups();
-    const bool has_scales = spec.scale_kind == ScaleKind::kStored;
     const bool has_offsets = spec.offset_kind != OffsetKind::kNone;
     codes = in.array<uint8_t>(spec.m * spec.k);
-    scales = in.array<uint16_t>(has_scales ? constants : 0);
+    scales = in.array<uint16_t>(constants * spec.n_scales());
     offsets = in.array<uint16_t>(has_offsets ? constants : 0);
     packed = AlignedBuffer<uint8_t>(spec.packed_bytes());
     pack(spec, codes.data(), scales.data(), offsets.data(), packed.data());

@@ -191,8 +191,9 @@ def _matrix_table(info: dict[str, Any]) -> str:
 
 
 def _codes(item: dict[str, Any]) -> str:
-    """The bits of a matrix's codes, or the name of what is no number of bits."""
-    return str(item["bits"]) if item["encoding"] == "uniform" else str(item["encoding"])
+    """The bits of a matrix's codes and the name of their encoding, where it is needed."""
+    names = {"uniform": f"{item['bits']}", "bcq": f"{item['bits']} bcq", "ternary": "ternary"}
+    return names[item["encoding"]]
 
 
 def _other(info: dict[str, Any]) -> list[tuple[str, str]]:
