@@ -147,7 +147,7 @@ def product(q: QuantTensor, x: NDArray[np.float32], kind: str) -> Product:
     n_regions = len(positions)
     codes = np.pad(q.codes, ((0, 0), (0, 1)))[:, positions].reshape(q.m, n_regions, TABLES, 4)
     given = np.append(x, np.float32(0))[positions].reshape(n_regions, TABLES, 4)
-    half = (2**q.bits - 1) / 2
+    half = 0 if kind == ROWS8 else (2**q.bits - 1) / 2  # ROWS8 takes codes as they are
 
     of_tables = table_limits(given, kind)
     limits = of_tables.max(1).astype(np.float64)

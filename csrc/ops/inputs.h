@@ -46,13 +46,14 @@ class Rows {
  public:
   Rows(Tables tables, int64_t max_regions, int64_t max_tokens, int64_t threads);
   RowView view(int64_t n_tokens, int64_t first_region);
+  float& token_unit(int64_t n_tokens, int64_t token);
   RowSums sums(int thread);
 
  private:
   const int parts_;
   const int64_t max_regions_, max_blocks_;
-  AlignedBuffer<int8_t> integers_;
-  AlignedBuffer<RowRegion> regions_;
+  AlignedBuffer<uint8_t> regions_;
+  AlignedBuffer<RowChunks> chunks_;
   AlignedBuffer<float> token_unit_;
   AlignedBuffer<float> sums_;  // [threads, RowSums]
 };
@@ -85,6 +86,13 @@ class Inputs {
   Rows& rows() { return rows_; }
 
  private:
+  // Units of a token per activation, for build_region; stores the inverse if `stores`.
+  float choose_unit(const InputPlan& plan, int64_t n_tokens, int64_t token, bool stores,
+                    const float* x);
+  // values [64]
+  void build_region(int64_t n_tokens, int64_t token, int64_t region, float to_units,
+                    const float* values);
+
   const Tables tables_;
   Luts luts_;
   Rows rows_;

@@ -195,6 +195,9 @@ struct Avx2 {
   static void prefetch(const uint8_t* p) {
     _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
   }
+  static void prefetch_near(const uint8_t* p) {
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+  }
 
   static void deal_to_tables(const float* x, float (*lanes)[8]) {
     const F c0 = load_f(x), c1 = load_f(x + 8), c2 = load_f(x + 16), c3 = load_f(x + 24);
@@ -271,12 +274,12 @@ struct Avx2 {
 #ifdef TMAC_AVX2_DOT
   static constexpr int kDotTokens = 6;
   static I multiply_fours(I sum, I codes, I q) { return dot(sum, codes, q); }
-  template <int kBits>
-  using Dot = FoursDot<Avx2, kBits>;
+  template <int kBits, bool kCentred>
+  using Dot = FoursDot<Avx2, kBits, kCentred>;
 #else
   static constexpr int kDotTokens = 4;
-  template <int kBits>
-  using Dot = PairsDot<Avx2, kBits>;
+  template <int kBits, bool kCentred>
+  using Dot = PairsDot<Avx2, kBits, kCentred>;
 #endif
 
  private:

@@ -273,6 +273,7 @@ struct Avx512 {
   }
 
   static void prefetch(const uint8_t* p) { Avx2::prefetch(p); }
+  static void prefetch_near(const uint8_t* p) { Avx2::prefetch_near(p); }
 
   // Products of unpacked codes (kernels/multiply_rows.inl).
 
@@ -308,8 +309,8 @@ struct Avx512 {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(q));
     return sum;
   }
-  template <int kBits>
-  using Dot = FoursDot<Avx512, kBits>;
+  template <int kBits, bool kCentred>
+  using Dot = FoursDot<Avx512, kBits, kCentred>;
 #else
   static constexpr int kDotTokens = 6;
   static I add_words(I a, I b) { return _mm512_add_epi16(a, b); }
@@ -325,8 +326,8 @@ struct Avx512 {
     return _mm512_srai_epi16(a, kShift);
   }
   static void store(uint8_t* p, I a) { _mm512_storeu_si512(p, a); }
-  template <int kBits>
-  using Dot = PairsDot<Avx512, kBits>;
+  template <int kBits, bool kCentred>
+  using Dot = PairsDot<Avx512, kBits, kCentred>;
 #endif
 };
 
