@@ -23,7 +23,7 @@ struct Kernels {
   MultiplyTile multiply_tile[2][kMaxBits];
 
   // One region x [64] of one token as integers: into out [parts][12][64], with sums and unit in
-  // lane `lane` of `region` and `chunks`. Units and to_token_units as above.
+  // lane `lane` of `region` and, unless null, `chunks`. Units and to_token_units as above.
   void (*quantize_row)(const float* x, Tables tables, float to_token_units, int lane, int8_t* out,
                        RowRegion* region, RowChunks* chunks);
   // y[t, 0..rows) of one tile, or of two if rows > 32, for all tokens of x; rows of y are `stride`

@@ -11,7 +11,6 @@
 // cache.
 constexpr int kSlabRegions = 4;
 constexpr int kSlabChunks = kSlabRegions * kRegionChunks;
-constexpr int kAheadBytes = 32;  // of the next block's numbers, fetched while adding 4 products
 constexpr int kChunkCodes = kTileRows * kChunkWeights;
 
 // The weights that one group has in one region.
@@ -35,6 +34,20 @@ struct SegmentTokens {
   alignas(64) uint32_t loud[kTokenLanes];
 };
 
+// What the next block needs, fetched bit by bit: so many bytes for each quad of weights.
+struct Ahead {
+  static constexpr int kNumbers = 32, kProduct = kBlockTokens * kTileRows * 4 / kSlabRegions / 16;
+  const uint8_t* numbers;
+  const uint8_t* product;
+
+  Ahead at(int quad) const { return {numbers + quad * kNumbers, product + quad * kProduct}; }
+  template <typename S>
+  void fetch(int quad) const {
+    S::prefetch_near(numbers + quad * kNumbers);
+    S::prefetch_near(product + quad * kProduct);
+  }
+};
+
 // From one token on.
 struct TokenNumbers {
   const int32_t* bias;
@@ -48,26 +61,29 @@ struct TokenNumbers {
 // Adds `quads` times 4 products to each of the dots.
 template <typename S, typename Dot, int kTokens, int kVectors>
 inline void add_quads(Dot (*dots)[kVectors], const uint8_t* codes, const int8_t* q, int quads,
-                      const uint8_t* ahead) {
+                      const Ahead& ahead) {
   const auto add_quad = [&](int quad) {
-    S::prefetch_near(ahead + quad * kAheadBytes);
     typename Dot::Codes w[kVectors];
-    repeat<kVectors>(
-        [&](auto v) { w[v] = Dot::load(codes + quad * kTileRows * 4 + v * S::kFloats * 4); });
+    repeat<kVectors>([&](auto v) {
+      w[v] = Dot::load(codes + quad * kTileRows * kQuadWeights + v * S::kFloats * kQuadWeights);
+    });
     repeat<kTokens>([&](auto t) {
-      const auto x = Dot::broadcast(q + t * Dot::kTokenBytes + quad * 4);
+      const auto x = Dot::broadcast(q + t * Dot::kTokenBytes + quad * kQuadWeights);
       repeat<kVectors>([&](auto v) { dots[t][v].add(w[v], x); });
     });
   };
+  const auto add_two = [&](int quad) {
+    ahead.template fetch<S>(quad);
+    add_quad(quad);
+    add_quad(quad + 1);
+  };
   if constexpr (Dot::kRun >= 2 * kRegionChunks) {
-    for (int quad = 0; quad < quads; quad += 2) {
-      add_quad(quad);
-      add_quad(quad + 1);
-    }
+    for (int quad = 0; quad < quads; quad += 2) add_two(quad);
   } else {
-    for (int quad = 0; quad < quads; quad += Dot::kRun) {
-      const int run = quads - quad < Dot::kRun ? quads - quad : Dot::kRun;
-      for (int i = 0; i < run; ++i) add_quad(quad + i);
+    constexpr int kStep = Dot::kRun < 2 ? 2 : Dot::kRun;
+    for (int quad = 0; quad < quads; quad += kStep) {
+      const int end = quads - quad < kStep ? quads : quad + kStep;
+      for (int i = quad; i < end; i += 2) add_two(i);
       repeat<kTokens>([&](auto t) { repeat<kVectors>([&](auto v) { dots[t][v].fold(); }); });
     }
   }
@@ -97,8 +113,7 @@ struct RowBlock {
   }
 
   static inline void add_up(const uint8_t* codes, const int8_t* q, int quads,
-                            const TokenNumbers& tokens, const uint8_t* ahead,
-                            Dot (*dots)[kVectors]) {
+                            const TokenNumbers& tokens, const Ahead& ahead, Dot (*dots)[kVectors]) {
     repeat<kTokens>([&](auto t) {
       repeat<kVectors>(
           [&](auto v) { dots[t][v].begin(kBegins ? base(codes, tokens, t, v) : S::zero_i()); });
@@ -107,12 +122,9 @@ struct RowBlock {
   }
 
   // One segment, kTokens tokens from `lane` on, kVectors * kFloats rows from `row` on.
-  __attribute__((always_inline)) static inline void multiply(const Segment& segment,
-                                                             OffsetKind kind, const uint8_t* codes,
-                                                             const int8_t* q, const float* units,
-                                                             TokenNumbers tokens,
-                                                             const uint8_t* ahead, int row,
-                                                             float* product, float* group) {
+  __attribute__((always_inline)) static inline void multiply(
+      const Segment& segment, OffsetKind kind, const uint8_t* codes, const int8_t* q,
+      const float* units, TokenNumbers tokens, Ahead ahead, int row, float* product, float* group) {
     const int quads = 2 * segment.chunks;
     alignas(64) int32_t high[kParts == 2 ? kTokens * kVectors * S::kFloats : 1];
     Dot dots[kTokens][kVectors];
@@ -123,7 +135,7 @@ struct RowBlock {
             [&](auto v) { S::store_i(high + (t * kVectors + v) * S::kFloats, dots[t][v].sum()); });
       });
       q += kPartBytes;
-      ahead += 2 * kRegionChunks * kAheadBytes;
+      ahead.numbers += 2 * kRegionChunks * Ahead::kNumbers;
     }
     add_up(codes, q, quads, tokens, ahead, dots);
     // Nothing that goes with the sums is loaded before: there are no registers for it in the loop.
@@ -200,7 +212,7 @@ struct RowBlock {
 template <typename S, typename Dot, Tables kTables, int kTokens>
 TMAC_FLATTEN void multiply_lanes(OffsetKind kind, const Segment* segments, int n_segments,
                                  const RowView& x, int64_t block, const SegmentTokens* tokens,
-                                 int lane, const uint8_t* ahead, float* product, float* group) {
+                                 int lane, const Ahead& ahead, float* product, float* group) {
   using Block = RowBlock<S, Dot, kTables, kTokens>;
   constexpr int kParts = Block::kParts;
   constexpr int kRows = S::kDotVectors * S::kFloats;
@@ -230,11 +242,13 @@ TMAC_FLATTEN void multiply_lanes(OffsetKind kind, const Segment* segments, int n
                                  tokens[s].centre_x_sum + lane,
                                  (whole ? region.loud_at : tokens[s].loud_at) + lane,
                                  (whole ? region.loud : tokens[s].loud) + lane};
+      const int64_t at = segment.region - first_region;
+      const Ahead rest{ahead.numbers + at * RowView::region_bytes(kParts),
+                       ahead.product + at * 2 * kRegionChunks * Ahead::kProduct};
       Block::multiply(segment, kind, segment.codes + kQuadWeights * row,
                       q + segment.first_chunk * kChunkWeights, region.unit + lane, numbers,
-                      ahead + (segment.region - first_region) * RowView::region_bytes(kParts) +
-                          2 * segment.first_chunk * kAheadBytes,
-                      row, product + lane * kTileRows + row, group + lane * kTileRows + row);
+                      rest.at(2 * segment.first_chunk), row, product + lane * kTileRows + row,
+                      group + lane * kTileRows + row);
     }
   }
 }
@@ -384,7 +398,6 @@ void multiply_rows(const LinearSpec& spec, const uint8_t* tile, const RowView& x
   const float centre = spec.offset_kind == OffsetKind::kNone ? kCentre - spec.zero : kCentre;
   const int n_tiles = rows > kTileRows ? 2 : 1;
   const int64_t n_blocks = x.blocks.n_blocks(), n_chunks = spec.n_chunks();
-  for (int64_t i = 0; i < n_blocks * kTilesAtOnce * kTileFloats; ++i) sums.product[i] = 0;
 
   alignas(64) uint8_t codes[kTilesAtOnce][kSlabChunks * kChunkCodes];
   Segment segments[kTilesAtOnce][kSlabChunks];
@@ -396,7 +409,6 @@ void multiply_rows(const LinearSpec& spec, const uint8_t* tile, const RowView& x
   // Sums of groups that end with their slab need not be kept for each block.
   const bool ends_groups = kSlabChunks % spec.group_chunks() == 0;
   const int64_t n_slabs = ceil_div(n_chunks, kSlabChunks);
-  const bool cuts_regions = spec.group_chunks() % kRegionChunks != 0;
   for (int64_t region = 0; at[0].chunk < n_chunks; region += kSlabRegions) {
     int n_segments = 0;
     for (int i = 0; i < n_tiles; ++i) {
@@ -407,17 +419,19 @@ void multiply_rows(const LinearSpec& spec, const uint8_t* tile, const RowView& x
       const bool turns = block + 1 == n_blocks;
       const int64_t next = turns ? 0 : block + 1;
       const int64_t next_region = turns ? region + kSlabRegions : region;
-      const uint8_t* ahead = reinterpret_cast<const uint8_t*>(&x.region(next, next_region));
+      const auto* numbers = reinterpret_cast<const uint8_t*>(&x.region(next, next_region));
       prepare_tokens<S, Dot, kCentred>(segments[0], n_segments, x, block, centre,
                                        sums.x_sum + block * kTokenLanes, tokens);
       const int block_tokens = x.blocks.tokens(block);
       for (int i = 0; i < n_tiles; ++i) {
-        if (i == 0 && cuts_regions) {
+        if (i == 0 && cuts_regions(spec)) {
           fetch<S>(&x.chunks_of(next, next_region), kSlabRegions * sizeof(RowChunks));
         }
         float* product = sums.product + (block * kTilesAtOnce + i) * kTileFloats;
         float* group = sums.group + (ends_groups ? i : block * kTilesAtOnce + i) * kTileFloats;
-        fetch<S>(product + kTilesAtOnce * kTileFloats, kTileFloats * sizeof(float));
+        const Ahead ahead{numbers + i * kRegionBytes / 2,
+                          reinterpret_cast<const uint8_t*>(product + kTilesAtOnce * kTileFloats)};
+        if (region == 0) std::memset(product, 0, kTileFloats * sizeof(float));
         for (int64_t t = region / kSlabRegions; t < block_tokens; t += n_slabs) {
           fetch<S>(y + (x.blocks.first_token(block) + t) * stride + i * kTileRows, 128);
         }
@@ -425,7 +439,7 @@ void multiply_rows(const LinearSpec& spec, const uint8_t* tile, const RowView& x
           const int rest = block_tokens - lane;
           const int size = rest < S::kDotTokens ? rest : S::kDotTokens;
           kByPairs[size / 2 - 1](spec.offset_kind, segments[i], n_segments, x, block, tokens, lane,
-                                 ahead + i * kRegionBytes / 2, product, group);
+                                 ahead, product, group);
         }
         if (ends) {
           const int rest = rows - i * kTileRows;

@@ -86,7 +86,7 @@ inline void sum_chunks(const RegionIntegers& q, int lane, RowRegion* region, Row
     }
     for (int c = 0; c < kHalfChunks; ++c) {
       const int32_t sum = sums[c] + sums[kHalfChunks + c];
-      chunks->sum[h * kHalfChunks + c][lane] = sum;
+      if (chunks != nullptr) chunks->sum[h * kHalfChunks + c][lane] = sum;
       total += sum;
     }
   }

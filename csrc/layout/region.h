@@ -9,4 +9,10 @@ namespace tmac {
 constexpr int kRegionWeights = 64;
 constexpr int kRegionChunks = kRegionWeights / kChunkWeights;
 
+// True if a group of the matrix ends within a region.
+inline bool cuts_regions(const LinearSpec& spec) {
+  return spec.n_chunks() % kRegionChunks != 0 ||
+         (spec.n_groups() > 1 && spec.group_chunks() % kRegionChunks != 0);
+}
+
 }  // namespace tmac

@@ -14,6 +14,7 @@ InputPlan::InputPlan(std::initializer_list<LinearSpec> readers) {
       set = sets_.insert(set, {shape, n_regions_});
       n_regions_ += shape.n_regions();
     }
+    cuts_regions_ |= tmac::cuts_regions(spec);
     reader_regions_.push_back(set->first_region);
   }
 }

@@ -33,6 +33,8 @@ class InputPlan {
   int64_t n_regions() const { return n_regions_; }
   // True if region i is weights 64 i..64 i + 63 for all readers.
   bool contiguous() const { return sets_.size() == 1 && sets_[0].shape.contiguous(); }
+  // True if groups of a reader end within a region.
+  bool cuts_regions() const { return cuts_regions_; }
   // Where the regions of the i-th reader begin.
   int64_t first_region(size_t reader) const { return reader_regions_[reader]; }
 
@@ -63,6 +65,7 @@ class InputPlan {
   std::vector<Set> sets_;
   std::vector<int64_t> reader_regions_;
   int64_t n_regions_ = 0;
+  bool cuts_regions_ = false;
 };
 
 }  // namespace tmac

@@ -68,8 +68,8 @@ float Inputs::choose_unit(const InputPlan& plan, int64_t n_tokens, int64_t token
   return to_units;
 }
 
-void Inputs::build_region(int64_t n_tokens, int64_t token, int64_t region, float to_units,
-                          const float* values) {
+void Inputs::build_region(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t region,
+                          float to_units, const float* values) {
   if (reads_tables(n_tokens)) {
     kernels().build_region(values, tables_, to_units, luts_.view(token, region));
     return;
@@ -80,7 +80,7 @@ void Inputs::build_region(int64_t n_tokens, int64_t token, int64_t region, float
   const int lane = static_cast<int>(token - view.blocks.first_token(block));
   int8_t* out = view.integers_at(block, region) + lane * kRegionWeights;
   RowRegion* numbers = &view.region(block, region);
-  RowChunks* chunks = &view.chunks_of(block, region);
+  RowChunks* chunks = plan.cuts_regions() ? &view.chunks_of(block, region) : nullptr;
   quantize(values, tables_, to_units, lane, out, numbers, chunks);
   if (token % 2 == 0 && token + 1 == n_tokens) {  // kernels compute the missing token too
     quantize(values, tables_, to_units, lane + 1, out + kRegionWeights, numbers, chunks);
@@ -91,7 +91,7 @@ void Inputs::build(const InputPlan& plan, int64_t n_tokens, int64_t token, int64
                    int64_t end, const float* x) {
   const float to_units = choose_unit(plan, n_tokens, token, begin == 0 && end > 0, x);
   plan.each_region(begin, end, x, [&](int64_t region, const float* values) {
-    build_region(n_tokens, token, region, to_units, values);
+    build_region(plan, n_tokens, token, region, to_units, values);
   });
 }
 
@@ -116,7 +116,7 @@ void Inputs::build_all(Team& team, const InputPlan& plan, int64_t n_tokens, cons
         for (int64_t t = 0; t < n; ++t) {
           plan.each_region(region, region + 1, x + (token + t) * stride,
                            [&](int64_t at, const float* values) {
-                             build_region(n_tokens, token + t, at, to_units[t], values);
+                             build_region(plan, n_tokens, token + t, at, to_units[t], values);
                            });
         }
       }

@@ -90,8 +90,8 @@ class Inputs {
   float choose_unit(const InputPlan& plan, int64_t n_tokens, int64_t token, bool stores,
                     const float* x);
   // values [64]
-  void build_region(int64_t n_tokens, int64_t token, int64_t region, float to_units,
-                    const float* values);
+  void build_region(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t region,
+                    float to_units, const float* values);
 
   const Tables tables_;
   Luts luts_;

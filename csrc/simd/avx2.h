@@ -260,6 +260,14 @@ struct Avx2 {
   static constexpr int kDotVectors = 2;
   static I add_words(I a, I b) { return _mm256_add_epi16(a, b); }
   static I multiply_pairs(I codes, I q) { return _mm256_maddubs_epi16(codes, q); }
+  // sum + multiply_pairs(codes, q). Not the intrinsics: GCC copies sums to and fro around them.
+  static I add_to_words(I sum, I codes, I q) {
+    I products;
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+        : "+x"(sum), "=&x"(products)
+        : "x"(codes), "x"(q));
+    return sum;
+  }
   static I multiply_words(I a, I b) { return _mm256_madd_epi16(a, b); }
   static I set_words(int16_t x) { return _mm256_set1_epi16(x); }
   template <int kShift>

@@ -315,6 +315,13 @@ struct Avx512 {
   static constexpr int kDotTokens = 6;
   static I add_words(I a, I b) { return _mm512_add_epi16(a, b); }
   static I multiply_pairs(I codes, I q) { return _mm512_maddubs_epi16(codes, q); }
+  static I add_to_words(I sum, I codes, I q) {
+    I products;
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+        : "+v"(sum), "=&v"(products)
+        : "v"(codes), "v"(q));
+    return sum;
+  }
   static I multiply_words(I a, I b) { return _mm512_madd_epi16(a, b); }
   static I set_words(int16_t x) { return _mm512_set1_epi16(x); }
   template <int kShift>

@@ -86,7 +86,7 @@ struct PairsCore {
     if constexpr (kRun == 1) {
       total = V::add_i(total, widened(V::multiply_pairs(codes, q)));
     } else {
-      pairs = V::add_words(pairs, V::multiply_pairs(codes, q));
+      pairs = V::add_to_words(pairs, codes, q);
     }
   }
   void fold() {
