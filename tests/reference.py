@@ -201,7 +201,7 @@ def product(q: QuantTensor, x: NDArray[np.float32], kind: str) -> Product:
     n_regions = len(positions)
     shape = (n_regions, cut.tables, cut.table)
     codes = np.pad(q.codes, ((0, 0), (0, 1)), constant_values=ternary)[:, positions]
-    parts = parts_of(q, codes.reshape(q.m, *shape))
+    parts = parts_of(q, codes.reshape(q.m, *shape), centred=kind != ROWS8)
     given = np.append(x, np.float32(0))[positions].reshape(shape)
 
     of_tables = table_limits(given, kind)
@@ -294,14 +294,15 @@ class Part:
     """Sum of (codes - half) * x from the entries of tables of x."""
 
 
-def parts_of(q: QuantTensor, codes: NDArray[np.uint8]) -> list[Part]:
+def parts_of(q: QuantTensor, codes: NDArray[np.uint8], *, centred: bool) -> list[Part]:
     """One, but for binary-coded weights: alpha * (2 * bit - 1) = 2 * alpha * (bit - 1/2) for each
-    bit."""
+    bit. Products that are not `centred` take codes as they are."""
     scales = np.full((q.m, 1), q.scale) if q.scales is None else q.scales.astype(np.float64)
     if q.encoding == "ternary":
         return [Part(codes, 1.0, scales, look_up_trits)]
     if q.encoding == "uniform":
-        return [Part(codes, (2**q.bits - 1) / 2, scales, partial(look_up_planes, bits=q.bits))]
+        half = (2**q.bits - 1) / 2 if centred else 0.0
+        return [Part(codes, half, scales, partial(look_up_planes, bits=q.bits))]
     bits = [(codes >> p & 1).astype(np.uint8) for p in range(q.bits)]
     one = partial(look_up_planes, bits=1)
     return [Part(bit, 0.5, 2 * scales[..., p], one) for p, bit in enumerate(bits)]

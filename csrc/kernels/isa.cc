@@ -45,10 +45,10 @@ using Isa = TMAC_ISA_TYPE;
   {multiply_bcq_tile<Isa, 1, parts>, multiply_bcq_tile<Isa, 2, parts>, \
    multiply_bcq_tile<Isa, 3, parts>, multiply_bcq_tile<Isa, 4, parts>}
 
-#define TMAC_ROWS(parts)                                                                     \
-  {multiply_rows<Isa, 1, parts>, multiply_rows<Isa, 2, parts>, multiply_rows<Isa, 3, parts>, \
-   multiply_rows<Isa, 4, parts>, multiply_rows<Isa, 5, parts>, multiply_rows<Isa, 6, parts>, \
-   multiply_rows<Isa, 7, parts>, multiply_rows<Isa, 8, parts>}
+#define TMAC_ROWS(kind)                                                                   \
+  {multiply_rows<Isa, 1, kind>, multiply_rows<Isa, 2, kind>, multiply_rows<Isa, 3, kind>, \
+   multiply_rows<Isa, 4, kind>, multiply_rows<Isa, 5, kind>, multiply_rows<Isa, 6, kind>, \
+   multiply_rows<Isa, 7, kind>, multiply_rows<Isa, 8, kind>}
 
 }  // namespace
 
@@ -62,7 +62,7 @@ const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME) = {
     {TMAC_BCQ_TILES(1), TMAC_BCQ_TILES(2)},
     {multiply_ternary_tile<Isa::Ternary, 1>, multiply_ternary_tile<Isa::Ternary, 2>},
     quantize_row<Isa>,
-    {TMAC_ROWS(1), TMAC_ROWS(2)},
+    {TMAC_ROWS(Tables::kInt8), TMAC_ROWS(Tables::kExact), TMAC_ROWS(Tables::kExact8)},
     multiply_peak<Isa>,
     rms_norm<Isa>,
     silu_multiply<Isa>,

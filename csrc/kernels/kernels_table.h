@@ -33,14 +33,14 @@ struct Kernels {
   MultiplyTile multiply_ternary_tile[2];
 
   // One region x [64] of one token as integers: into out [parts][12][64], with sums and unit in
-  // lane `lane` of `region`. Units and to_token_units as above.
+  // lane `lane` of `region` and, unless null, `chunks`. Units and to_token_units as above.
   void (*quantize_row)(const float* x, Tables tables, float to_token_units, int lane, int8_t* out,
-                       RowRegion* region);
+                       RowRegion* region, RowChunks* chunks);
   // y[t, 0..rows) of one tile, or of two if rows > 32, for all tokens of x; rows of y are `stride`
-  // apart. By parts of the integers - 1, then by bits - 1.
+  // apart. By kind of integers, then by bits - 1.
   using MultiplyRows = void (*)(const LinearSpec& spec, const uint8_t* tile, const RowView& x,
                                 const RowSums& sums, int rows, float* y, int64_t stride);
-  MultiplyRows multiply_rows[2][kMaxBits];
+  MultiplyRows multiply_rows[kTableKinds][kMaxBits];
   // Multiplies and adds in registers, `rounds` times over; returns the number of multiply-adds.
   int64_t (*multiply_peak)(int64_t rounds);
 

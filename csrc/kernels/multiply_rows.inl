@@ -1,8 +1,11 @@
 // One tile of 32 rows times the activations of many tokens: an int8 matrix product.
 //
-// With R = sum_k (2 u_k - (2^b - 1)) q_k, the part of a product that falls into one group is
-//   scale * (sum over regions of R * unit / 2  +  ((2^b - 1)/2 - zero) * sum_k x_k),
-// summed up in the order of multiply_tile.inl.
+// Integers q of Tables::kExact and kExact8 give the bits of multiply_tile.inl. The part of a
+// product that falls into one group is
+//   scale * (sum over regions of R * unit / 2  +  ((2^b - 1)/2 - zero) * sum_k x_k)
+// with R = sum_k (2 u_k - (2^b - 1)) q_k, centred. Those of Tables::kInt8 take codes as they are:
+//   scale * (sum over regions of R * unit  -  zero * sum_k x_k),   R = sum_k u_k q_k.
+// R is below 2^30, and below 2^24 for kInt8: 255 * (60 * 127 + 4 * 8128).
 
 // Weights of each tile that are unpacked together, for all tokens: they stay in the first-level
 // cache.
@@ -31,6 +34,20 @@ struct SegmentTokens {
   alignas(64) uint32_t loud[kTokenLanes];
 };
 
+// What the next block needs, fetched bit by bit: so many bytes for each quad of weights.
+struct Ahead {
+  static constexpr int kNumbers = 32, kProduct = kBlockTokens * kTileRows * 4 / kSlabRegions / 16;
+  const uint8_t* numbers;
+  const uint8_t* product;
+
+  Ahead at(int quad) const { return {numbers + quad * kNumbers, product + quad * kProduct}; }
+  template <typename S>
+  void fetch(int quad) const {
+    S::prefetch_near(numbers + quad * kNumbers);
+    S::prefetch_near(product + quad * kProduct);
+  }
+};
+
 // From one token on.
 struct TokenNumbers {
   const int32_t* bias;
@@ -43,97 +60,97 @@ struct TokenNumbers {
 
 // Adds `quads` times 4 products to each of the dots.
 template <typename S, typename Dot, int kTokens, int kVectors>
-inline void add_quads(Dot (*dots)[kVectors], const uint8_t* codes, const int8_t* q, int quads) {
+inline void add_quads(Dot (*dots)[kVectors], const uint8_t* codes, const int8_t* q, int quads,
+                      const Ahead& ahead) {
   const auto add_quad = [&](int quad) {
     typename Dot::Codes w[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      w[v] = Dot::load(codes + quad * kTileRows * 4 + v * S::kFloats * 4);
-    }
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) {
-      const auto x = Dot::broadcast(q + t * Dot::kTokenBytes + quad * 4);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) dots[t][v].add(w[v], x);
-    }
+    repeat<kVectors>([&](auto v) {
+      w[v] = Dot::load(codes + quad * kTileRows * kQuadWeights + v * S::kFloats * kQuadWeights);
+    });
+    repeat<kTokens>([&](auto t) {
+      const auto x = Dot::broadcast(q + t * Dot::kTokenBytes + quad * kQuadWeights);
+      repeat<kVectors>([&](auto v) { dots[t][v].add(w[v], x); });
+    });
+  };
+  const auto add_two = [&](int quad) {
+    ahead.template fetch<S>(quad);
+    add_quad(quad);
+    add_quad(quad + 1);
   };
   if constexpr (Dot::kRun >= 2 * kRegionChunks) {
-    for (int quad = 0; quad < quads; quad += 2) {
-      add_quad(quad);
-      add_quad(quad + 1);
-    }
+    for (int quad = 0; quad < quads; quad += 2) add_two(quad);
   } else {
-    for (int quad = 0; quad < quads; quad += Dot::kRun) {
-      const int run = quads - quad < Dot::kRun ? quads - quad : Dot::kRun;
-#pragma GCC unroll 8
-      for (int i = 0; i < run; ++i) add_quad(quad + i);
-#pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) dots[t][v].fold();
-      }
+    constexpr int kStep = Dot::kRun < 2 ? 2 : Dot::kRun;
+    for (int quad = 0; quad < quads; quad += kStep) {
+      const int end = quads - quad < kStep ? quads : quad + kStep;
+      for (int i = quad; i < end; i += 2) add_two(i);
+      repeat<kTokens>([&](auto t) { repeat<kVectors>([&](auto v) { dots[t][v].fold(); }); });
     }
   }
 }
 
-template <typename S, typename Dot, int kParts, int kTokens>
+template <typename S, typename Dot, Tables kTables, int kTokens>
 struct RowBlock {
   using I = typename S::I;
   using F = typename S::F;
+  static constexpr bool kLoud = kTables == Tables::kInt8;
+  static constexpr int kParts = row_parts(kTables);
   static constexpr int kVectors = S::kDotVectors;
   static constexpr bool kWidens = Dot::kTokenBytes != kRegionWeights;
   static constexpr int kPartBytes = (kWidens ? kTokens : kBlockTokens) * Dot::kTokenBytes;
-  static constexpr bool kBegins = kParts == 1 && Dot::kHasTotal;  // dots begin at the bias
+  // Dot products begin at the bias or at the loud quad's high part.
+  static constexpr bool kBegins = kParts == 1 && Dot::kHasTotal;
 
-  // sum + 2^7 * high parts of the loud quad.
-  static inline I add_loud(I sum, const uint8_t* codes, const TokenNumbers& tokens, int t, int v) {
-    Dot high;
-    high.begin(S::zero_i());
-    high.add(Dot::load(codes + tokens.loud_at[t] + v * S::kFloats * kQuadWeights),
-             Dot::broadcast_loud(reinterpret_cast<const int8_t*>(tokens.loud + t)));
-    high.fold();
-    return S::template add_shifted<kLoudShift>(sum, high.sum());
+  // What the products of the integers come on top of.
+  static inline I base(const uint8_t* codes, const TokenNumbers& tokens, int t, int v) {
+    I sum = S::zero_i();
+    if constexpr (kLoud) {
+      sum = Dot::multiply_loud(codes + tokens.loud_at[t] + v * S::kFloats * kQuadWeights,
+                               reinterpret_cast<const int8_t*>(tokens.loud + t));
+    }
+    if constexpr (Dot::kBiased) sum = S::add_i(sum, S::set_i(tokens.bias[t]));
+    return sum;
+  }
+
+  static inline void add_up(const uint8_t* codes, const int8_t* q, int quads,
+                            const TokenNumbers& tokens, const Ahead& ahead, Dot (*dots)[kVectors]) {
+    repeat<kTokens>([&](auto t) {
+      repeat<kVectors>(
+          [&](auto v) { dots[t][v].begin(kBegins ? base(codes, tokens, t, v) : S::zero_i()); });
+    });
+    add_quads<S, Dot, kTokens, kVectors>(dots, codes, q, quads, ahead);
   }
 
   // One segment, kTokens tokens from `lane` on, kVectors * kFloats rows from `row` on.
   __attribute__((always_inline)) static inline void multiply(
       const Segment& segment, OffsetKind kind, const uint8_t* codes, const int8_t* q,
-      const float* half_unit, TokenNumbers tokens, int row, float* product, float* group) {
-    alignas(64) int32_t sums[kParts][kTokens * kVectors * S::kFloats];
-    for (int part = 0; part < kParts; ++part) {
-      Dot dots[kTokens][kVectors];
-#pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-          dots[t][v].begin(kBegins ? S::set_i(tokens.bias[t]) : S::zero_i());
-        }
-      }
-      add_quads<S, Dot, kTokens, kVectors>(dots, codes, q + part * kPartBytes, 2 * segment.chunks);
-#pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-          I sum = dots[t][v].sum();
-          if constexpr (kParts == 1) sum = add_loud(sum, codes, tokens, t, v);
-          S::store_i(sums[part] + (t * kVectors + v) * S::kFloats, sum);
-        }
-      }
+      const float* units, TokenNumbers tokens, Ahead ahead, int row, float* product, float* group) {
+    const int quads = 2 * segment.chunks;
+    alignas(64) int32_t high[kParts == 2 ? kTokens * kVectors * S::kFloats : 1];
+    Dot dots[kTokens][kVectors];
+    if constexpr (kParts == 2) {
+      add_up(codes, q, quads, tokens, ahead, dots);
+      repeat<kTokens>([&](auto t) {
+        repeat<kVectors>(
+            [&](auto v) { S::store_i(high + (t * kVectors + v) * S::kFloats, dots[t][v].sum()); });
+      });
+      q += kPartBytes;
+      ahead.numbers += 2 * kRegionChunks * Ahead::kNumbers;
     }
-    // By way of memory: compilers that see one long computation run out of registers in its loop.
-    asm volatile("" : "+m"(sums));
+    add_up(codes, q, quads, tokens, ahead, dots);
+    // Nothing that goes with the sums is loaded before: there are no registers for it in the loop.
+    asm volatile("" : "+r"(units), "+r"(product), "+r"(group));
+    asm volatile("" : "+r"(tokens.sum), "+r"(tokens.x_sum), "+r"(tokens.centre_x_sum));
 
-    const auto sum = [&](int t, int v) {
-      const auto load = [&](const int32_t* part) {
-        return S::load_i(reinterpret_cast<const uint8_t*>(part + (t * kVectors + v) * S::kFloats));
-      };
-      I total = load(sums[kParts - 1]);
+    const auto sum = [&](auto t, auto v) {
+      I total = dots[t][v].sum();
       if constexpr (kParts == 2) {
         static_assert(kExactBase == 255);
-        const I high = load(sums[0]);
-        total = S::sub_i(S::template add_shifted<8>(total, high), high);
+        const I upper =
+            S::load_i(reinterpret_cast<const uint8_t*>(high + (t * kVectors + v) * S::kFloats));
+        total = S::sub_i(S::template add_shifted<8>(total, upper), upper);
       }
-      if constexpr (!kBegins) total = S::add_i(total, S::set_i(tokens.bias[t]));
+      if constexpr (!kBegins) total = S::add_i(total, base(codes, tokens, t, v));
       if constexpr (Dot::kHalved) {
         total = S::add_i(S::add_i(total, total), S::set_i(tokens.sum[t]));
       }
@@ -142,15 +159,13 @@ struct RowBlock {
     // group += sum * unit, and finish(token, vector, address, group)
     const auto flush = [&](const auto& finish) {
       const auto each = [&](const auto& add_to_group) {
-#pragma GCC unroll 4
-        for (int t = 0; t < kTokens; ++t) {
-          const F unit = S::set(half_unit[t]);
-#pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) {
-            const int at = t * kTileRows + v * S::kFloats;
-            finish(t, v, at, add_to_group(sum(t, v), unit, at));
-          }
-        }
+        repeat<kTokens>([&](auto t) {
+          const F unit = S::set(units[t]);
+          repeat<kVectors>([&](auto v) {
+            constexpr int kAt = t * kTileRows + v * S::kFloats;
+            finish(t, v, kAt, add_to_group(sum(t, v), unit, kAt));
+          });
+        });
       };
       if (segment.begins_group) {
         each([&](F r, F unit, int) { return S::mul(r, unit); });
@@ -163,34 +178,30 @@ struct RowBlock {
       return;
     }
     F scale[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      scale[v] = S::load_half(segment.scales + row + v * S::kFloats);
-    }
-    const auto add_to_product = [&](int t, int v, int at, F value, F total) {
-      value = S::add(value, S::set(tokens.centre_x_sum[t]));
-      S::store_f(product + at, S::fma(scale[v], value, total));
+    repeat<kVectors>(
+        [&](auto v) { scale[v] = S::load_half(segment.scales + row + v * S::kFloats); });
+    const auto centred = [&](int t, F value) {
+      return kLoud ? value : S::add(value, S::set(tokens.centre_x_sum[t]));
     };
     if (kind == OffsetKind::kNone) {
-      flush([&](int t, int v, int at, F value) {
-        add_to_product(t, v, at, value, S::load_f(product + at));
+      flush([&](int t, auto v, int at, F value) {
+        value = S::add(value, S::set(tokens.centre_x_sum[t]));
+        S::store_f(product + at, S::fma(scale[v], value, S::load_f(product + at)));
       });
       return;
     }
     F stored[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
+    repeat<kVectors>([&](auto v) {
       stored[v] = S::load_half(segment.scales + kTileRows + row + v * S::kFloats);
-    }
+    });
     if (kind == OffsetKind::kOffset) {
-      flush([&](int t, int v, int at, F value) {
-        const F x_sum = S::set(tokens.x_sum[t]);
-        add_to_product(t, v, at, value, S::fma(stored[v], x_sum, S::load_f(product + at)));
+      flush([&](int t, auto v, int at, F value) {
+        const F total = S::fma(stored[v], S::set(tokens.x_sum[t]), S::load_f(product + at));
+        S::store_f(product + at, S::fma(scale[v], centred(t, value), total));
       });
     } else {
-      flush([&](int t, int v, int at, F value) {
-        value = S::add(value, S::set(tokens.centre_x_sum[t]));
-        value = S::sub(value, S::mul(stored[v], S::set(tokens.x_sum[t])));
+      flush([&](int t, auto v, int at, F value) {
+        value = S::sub(centred(t, value), S::mul(stored[v], S::set(tokens.x_sum[t])));
         S::store_f(product + at, S::fma(scale[v], value, S::load_f(product + at)));
       });
     }
@@ -198,11 +209,12 @@ struct RowBlock {
 };
 
 // All segments of a slab times kTokens tokens of a block from `lane` on.
-template <typename S, typename Dot, int kParts, int kTokens>
-void multiply_lanes(OffsetKind kind, const Segment* segments, int n_segments, const RowView& x,
-                    int64_t block, const SegmentTokens* tokens, int lane, float* product,
-                    float* group) {
-  using Block = RowBlock<S, Dot, kParts, kTokens>;
+template <typename S, typename Dot, Tables kTables, int kTokens>
+TMAC_FLATTEN void multiply_lanes(OffsetKind kind, const Segment* segments, int n_segments,
+                                 const RowView& x, int64_t block, const SegmentTokens* tokens,
+                                 int lane, const Ahead& ahead, float* product, float* group) {
+  using Block = RowBlock<S, Dot, kTables, kTokens>;
+  constexpr int kParts = Block::kParts;
   constexpr int kRows = S::kDotVectors * S::kFloats;
   constexpr bool kWidens = Block::kWidens;
   constexpr int kRegionBytes = kParts * Block::kPartBytes;
@@ -220,11 +232,6 @@ void multiply_lanes(OffsetKind kind, const Segment* segments, int n_segments, co
   for (int row = 0; row < kTileRows; row += kRows) {
     for (int s = 0; s < n_segments; ++s) {
       const Segment& segment = segments[s];
-      if (row == 0 && lane == 0 && segment.first_chunk == 0) {
-        const auto* ahead =
-            reinterpret_cast<const uint8_t*>(x.integers_at(block, segment.region + 1));
-        for (int line = 0; line < kBlockTokens * kParts; ++line) S::prefetch(ahead + 64 * line);
-      }
       const int8_t* q = kWidens ? widened + (segment.region - first_region) * kRegionBytes
                                 : x.integers_at(block, segment.region) + lane * kRegionWeights;
       const RowRegion& region = x.region(block, segment.region);
@@ -235,40 +242,49 @@ void multiply_lanes(OffsetKind kind, const Segment* segments, int n_segments, co
                                  tokens[s].centre_x_sum + lane,
                                  (whole ? region.loud_at : tokens[s].loud_at) + lane,
                                  (whole ? region.loud : tokens[s].loud) + lane};
+      const int64_t at = segment.region - first_region;
+      const Ahead rest{ahead.numbers + at * RowView::region_bytes(kParts),
+                       ahead.product + at * 2 * kRegionChunks * Ahead::kProduct};
       Block::multiply(segment, kind, segment.codes + kQuadWeights * row,
-                      q + segment.first_chunk * kChunkWeights, region.half_unit + lane, numbers,
-                      row, product + lane * kTileRows + row, group + lane * kTileRows + row);
+                      q + segment.first_chunk * kChunkWeights, region.unit + lane, numbers,
+                      rest.at(2 * segment.first_chunk), row, product + lane * kTileRows + row,
+                      group + lane * kTileRows + row);
     }
   }
 }
 
-inline void find_loud(const Segment& segment, const RowRegion& region, SegmentTokens& tokens) {
-  const uint32_t begin = static_cast<uint32_t>(segment.first_chunk * kChunkCodes);
-  const uint32_t size = static_cast<uint32_t>(segment.chunks * kChunkCodes);
-  for (int t = 0; t < kTokenLanes; ++t) {
-    const uint32_t at = region.loud_at[t] - begin;
-    tokens.loud_at[t] = at < size ? at : 0;
-    tokens.loud[t] = at < size ? region.loud[t] : 0;
-  }
+// The loud quads that lie in a part of a region.
+template <typename S>
+inline void find_loud(const Segment& segment, const RowRegion& region, int lane,
+                      SegmentTokens& tokens) {
+  const auto load = [&](const uint32_t* from) {
+    return S::load_i(reinterpret_cast<const uint8_t*>(from + lane));
+  };
+  const auto store = [&](uint32_t* to, typename S::I value) {
+    S::store_i(reinterpret_cast<int32_t*>(to + lane), value);
+  };
+  const auto at = S::sub_i(load(region.loud_at), S::set_i(segment.first_chunk * kChunkCodes));
+  const auto rest = S::sub_i(S::set_i(segment.chunks * kChunkCodes - 1), at);
+  // 1 where one of them is negative, which both cannot be.
+  const auto outside = S::add_i(S::template shift_right<31>(at), S::template shift_right<31>(rest));
+  const auto inside = S::sub_i(outside, S::set_i(1));
+  store(tokens.loud_at, S::and_i(at, inside));
+  store(tokens.loud, S::and_i(load(region.loud), inside));
 }
 
 // Fills in what the segments of a slab need of a block's tokens.
-template <typename S, typename Dot>
+template <typename S, typename Dot, bool kCentred>
 void prepare_tokens(const Segment* segments, int n_segments, const RowView& x, int64_t block,
                     float centre, float* x_sum, SegmentTokens* tokens) {
   using I = typename S::I;
   using F = typename S::F;
-  for (int s = 0; s < n_segments; ++s) {
-    if (segments[s].chunks == kRegionChunks) continue;
-    find_loud(segments[s], x.region(block, segments[s].region), tokens[s]);
-  }
   for (int lane = 0; lane < x.blocks.tokens(block); lane += S::kFloats) {
     F running = S::load_f(x_sum + lane);
     for (int s = 0; s < n_segments; ++s) {
       const Segment& segment = segments[s];
       const RowRegion& region = x.region(block, segment.region);
-      const F half_unit = S::load_f(region.half_unit + lane);
-      const F unit = S::add(half_unit, half_unit);
+      const F sum_unit = S::load_f(region.unit + lane);
+      const F unit = kCentred ? S::add(sum_unit, sum_unit) : sum_unit;
       if (segment.begins_group) running = S::set(0);
       const auto add_sum = [&](const int32_t* sums) {
         const I sum = S::load_i(reinterpret_cast<const uint8_t*>(sums + lane));
@@ -277,14 +293,16 @@ void prepare_tokens(const Segment* segments, int n_segments, const RowView& x, i
       };
       I sum = S::zero_i();
       if (segment.chunks == kRegionChunks) {
-        sum = add_sum(region.region_sum);
+        sum = add_sum(region.sum);
       } else {
+        find_loud<S>(segment, region, lane, tokens[s]);
+        const RowChunks& chunks = x.chunks_of(block, segment.region);
         for (int c = 0; c < segment.chunks; ++c) {
-          sum = S::add_i(sum, add_sum(region.chunk_sum[segment.first_chunk + c]));
+          sum = S::add_i(sum, add_sum(chunks.sum[segment.first_chunk + c]));
         }
       }
-      S::store_i(tokens[s].bias + lane, Dot::bias(sum));
-      S::store_i(tokens[s].sum + lane, sum);
+      if constexpr (Dot::Core::kBiased) S::store_i(tokens[s].bias + lane, Dot::bias(sum));
+      if constexpr (Dot::Core::kHalved) S::store_i(tokens[s].sum + lane, sum);
       S::store_f(tokens[s].x_sum + lane, running);
       S::store_f(tokens[s].centre_x_sum + lane, S::mul(S::set(centre), running));
     }
@@ -331,31 +349,55 @@ int unpack_slab(const LinearSpec& spec, SlabCursor& at, uint8_t* codes, Segment*
 }
 
 // multiply_lanes for kTokens tokens. More than 16 tokens make blocks of at least 8.
-template <typename S, typename Dot, int kParts, int kTokens>
-constexpr auto lanes_kernel() -> decltype(&multiply_lanes<S, Dot, kParts, S::kDotTokens>) {
+template <typename S, typename Dot, Tables kTables, int kTokens>
+constexpr auto lanes_kernel() -> decltype(&multiply_lanes<S, Dot, kTables, S::kDotTokens>) {
   constexpr bool kOccurs = kTokens <= S::kDotTokens && (kTokens >= 8 || S::kDotTokens < 8);
-  if constexpr (kOccurs) return multiply_lanes<S, Dot, kParts, kTokens>;
+  if constexpr (kOccurs) return multiply_lanes<S, Dot, kTables, kTokens>;
   return nullptr;
 }
 
-// y[t, 0..rows) of one or two tiles for all tokens; rows of y are `stride` apart. `tile` is the
-// packed stream.
-template <typename S, int kBits, int kParts>
+// Fetches `bytes` bytes from `at` on into the first-level cache.
+template <typename S>
+inline void fetch(const void* at, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) S::prefetch_near(static_cast<const uint8_t*>(at) + i);
+}
+
+// y[t, 0..rows) of one tile for the tokens of a block, from their products [12][32].
+template <typename S>
+void write_rows(const RowView& x, int64_t block, const float* product, int rows, float* y,
+                int64_t stride) {
+  const int64_t first = x.blocks.first_token(block);
+  const int64_t end = x.blocks.first_token(block + 1);
+  for (int64_t t = first; t < end && t < x.blocks.n_tokens; ++t, product += kTileRows) {
+    const auto unit = S::set(x.token_unit[block * kTokenLanes + t - first]);
+    float partial[kTileRows];
+    float* out = rows == kTileRows ? y + t * stride : partial;
+    for (int r = 0; r < kTileRows; r += S::kFloats) {
+      S::store_f(out + r, S::mul(S::load_f(product + r), unit));
+    }
+    for (int r = 0; rows < kTileRows && r < rows; ++r) y[t * stride + r] = partial[r];
+  }
+}
+
+// y[t, 0..rows) of one or two tiles for all tokens; rows of y are `stride` apart.
+// `tile` is the packed stream.
+template <typename S, int kBits, Tables kTables>
 void multiply_rows(const LinearSpec& spec, const uint8_t* tile, const RowView& x,
                    const RowSums& sums, int rows, float* y, int64_t stride) {
-  using Dot = typename S::template Dot<kBits>;
+  constexpr bool kCentred = kTables != Tables::kInt8;
+  using Dot = typename S::template Dot<kBits, kCentred>;
   using Core = typename Dot::Core;
-  static constexpr decltype(lanes_kernel<S, Core, kParts, 2>()) kByPairs[] = {
-      lanes_kernel<S, Core, kParts, 2>(),  lanes_kernel<S, Core, kParts, 4>(),
-      lanes_kernel<S, Core, kParts, 6>(),  lanes_kernel<S, Core, kParts, 8>(),
-      lanes_kernel<S, Core, kParts, 10>(), lanes_kernel<S, Core, kParts, 12>(),
+  static constexpr decltype(lanes_kernel<S, Core, kTables, 2>()) kByPairs[] = {
+      lanes_kernel<S, Core, kTables, 2>(),  lanes_kernel<S, Core, kTables, 4>(),
+      lanes_kernel<S, Core, kTables, 6>(),  lanes_kernel<S, Core, kTables, 8>(),
+      lanes_kernel<S, Core, kTables, 10>(), lanes_kernel<S, Core, kTables, 12>(),
   };
-  constexpr float kCentre = ((1 << kBits) - 1) * 0.5f;
-  const float centre = spec.offset_kind == OffsetKind::kNone ? kCentre - spec.zero : kCentre;
+  constexpr float kCentre = kCentred ? ((1 << kBits) - 1) * 0.5f : 0;
   constexpr int64_t kTileFloats = kBlockTokens * kTileRows;
+  constexpr int64_t kRegionBytes = RowView::region_bytes(row_parts(kTables));
+  const float centre = spec.offset_kind == OffsetKind::kNone ? kCentre - spec.zero : kCentre;
   const int n_tiles = rows > kTileRows ? 2 : 1;
   const int64_t n_blocks = x.blocks.n_blocks(), n_chunks = spec.n_chunks();
-  for (int64_t i = 0; i < n_blocks * kTilesAtOnce * kTileFloats; ++i) sums.product[i] = 0;
 
   alignas(64) uint8_t codes[kTilesAtOnce][kSlabChunks * kChunkCodes];
   Segment segments[kTilesAtOnce][kSlabChunks];
@@ -364,43 +406,46 @@ void multiply_rows(const LinearSpec& spec, const uint8_t* tile, const RowView& x
   for (int i = 0; i < n_tiles; ++i) {
     at[i] = {tile + i * spec.tile_bytes(), 0, 0, 0, spec.chunks_in(0)};
   }
-  while (at[0].chunk < n_chunks) {
+  // Sums of groups that end with their slab need not be kept for each block.
+  const bool ends_groups = kSlabChunks % spec.group_chunks() == 0;
+  const int64_t n_slabs = ceil_div(n_chunks, kSlabChunks);
+  for (int64_t region = 0; at[0].chunk < n_chunks; region += kSlabRegions) {
     int n_segments = 0;
     for (int i = 0; i < n_tiles; ++i) {
       n_segments = unpack_slab<S, Dot, kBits>(spec, at[i], codes[i], segments[i]);
     }
+    const bool ends = at[0].chunk >= n_chunks;
     for (int64_t block = 0; block < n_blocks; ++block) {
-      prepare_tokens<S, Dot>(segments[0], n_segments, x, block, centre,
-                             sums.x_sum + block * kTokenLanes, tokens);
+      const bool turns = block + 1 == n_blocks;
+      const int64_t next = turns ? 0 : block + 1;
+      const int64_t next_region = turns ? region + kSlabRegions : region;
+      const auto* numbers = reinterpret_cast<const uint8_t*>(&x.region(next, next_region));
+      prepare_tokens<S, Dot, kCentred>(segments[0], n_segments, x, block, centre,
+                                       sums.x_sum + block * kTokenLanes, tokens);
       const int block_tokens = x.blocks.tokens(block);
       for (int i = 0; i < n_tiles; ++i) {
-        const int64_t floats_at = (block * kTilesAtOnce + i) * kTileFloats;
+        if (i == 0 && cuts_regions(spec)) {
+          fetch<S>(&x.chunks_of(next, next_region), kSlabRegions * sizeof(RowChunks));
+        }
+        float* product = sums.product + (block * kTilesAtOnce + i) * kTileFloats;
+        float* group = sums.group + (ends_groups ? i : block * kTilesAtOnce + i) * kTileFloats;
+        const Ahead ahead{numbers + i * kRegionBytes / 2,
+                          reinterpret_cast<const uint8_t*>(product + kTilesAtOnce * kTileFloats)};
+        if (region == 0) std::memset(product, 0, kTileFloats * sizeof(float));
+        for (int64_t t = region / kSlabRegions; t < block_tokens; t += n_slabs) {
+          fetch<S>(y + (x.blocks.first_token(block) + t) * stride + i * kTileRows, 128);
+        }
         for (int lane = 0; lane < block_tokens; lane += S::kDotTokens) {
           const int rest = block_tokens - lane;
           const int size = rest < S::kDotTokens ? rest : S::kDotTokens;
           kByPairs[size / 2 - 1](spec.offset_kind, segments[i], n_segments, x, block, tokens, lane,
-                                 sums.product + floats_at, sums.group + floats_at);
+                                 ahead, product, group);
         }
-      }
-    }
-  }
-
-  for (int64_t block = 0; block < n_blocks; ++block) {
-    for (int64_t t = x.blocks.first_token(block);
-         t < x.blocks.first_token(block + 1) && t < x.blocks.n_tokens; ++t) {
-      const int64_t lane = t - x.blocks.first_token(block);
-      const typename S::F unit = S::set(x.token_unit[block * kTokenLanes + lane]);
-      for (int i = 0; i < n_tiles; ++i) {
-        const float* product =
-            sums.product + (block * kTilesAtOnce + i) * kTileFloats + lane * kTileRows;
-        float* out = y + t * stride + i * kTileRows;
-        float partial[kTileRows];
-        const int tile_rows = rows - i * kTileRows < kTileRows ? rows - i * kTileRows : kTileRows;
-        float* whole = tile_rows == kTileRows ? out : partial;
-        for (int r = 0; r < kTileRows; r += S::kFloats) {
-          S::store_f(whole + r, S::mul(S::load_f(product + r), unit));
+        if (ends) {
+          const int rest = rows - i * kTileRows;
+          write_rows<S>(x, block, product, rest < kTileRows ? rest : kTileRows, y + i * kTileRows,
+                        stride);
         }
-        for (int r = 0; tile_rows < kTileRows && r < tile_rows; ++r) out[r] = partial[r];
       }
     }
   }
@@ -410,7 +455,7 @@ void multiply_rows(const LinearSpec& spec, const uint8_t* tile, const RowView& x
 // registers: what the instruction set can do at best. Returns the number of multiply-adds.
 template <typename S>
 int64_t multiply_peak(int64_t rounds) {
-  using Dot = typename S::template Dot<1>::Core;
+  using Dot = typename S::template Dot<1, true>::Core;
   constexpr int kTokens = S::kDotTokens, kVectors = S::kDotVectors;
   alignas(64) const uint8_t bytes[64] = {};
   Dot dots[kTokens][kVectors];

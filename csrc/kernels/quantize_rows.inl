@@ -1,112 +1,184 @@
 // One region of one token as integers (layout/rows.h).
 
-constexpr int kRegionQuads = kRegionWeights / kQuadWeights;
+// Integers of a region, dealt out like the activations of its tables: q[half][i][t].
+using RegionIntegers = int32_t[kRegionHalves][kTableWeights][kHalfTables];
 
-// The largest |x| of each quad.
-inline void measure_quads(const float* x, float* sizes) {
-  for (int j = 0; j < kRegionQuads; ++j) {
-    sizes[j] = 0;
-    for (int i = 0; i < kQuadWeights; ++i) {
-      const float size = __builtin_fabsf(x[j * kQuadWeights + i]);
-      sizes[j] = size > sizes[j] ? size : sizes[j];
+// Where table t of half a region is in the order of deal_to_tables.
+constexpr int dealt_table(int t) { return t % 2 * kHalfChunks + t / 2; }
+
+// The largest and the second largest of some values that are not negative, as the bits of floats,
+// which compare like integers; NaNs are larger than all others.
+struct Largest {
+  int32_t first, second;
+};
+
+inline int32_t max_of(int32_t a, int32_t b) { return a < b ? b : a; }
+inline int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
+inline Largest merge(Largest a, Largest b) {
+  return {max_of(a.first, b.first), max_of(min_of(a.first, b.first), max_of(a.second, b.second))};
+}
+
+// Of the |x| of a region's quads.
+inline Largest find_largest(const HalfRegion* halves) {
+  int32_t low[kHalfTables], high[kHalfTables];
+  std::memcpy(low, halves[0].limit, sizeof(low));
+  std::memcpy(high, halves[1].limit, sizeof(high));
+  const auto four = [&](const int32_t* sizes) {
+    return merge({max_of(sizes[0], sizes[1]), min_of(sizes[0], sizes[1])},
+                 {max_of(sizes[2], sizes[3]), min_of(sizes[2], sizes[3])});
+  };
+  return merge(merge(four(low), four(low + 4)), merge(four(high), four(high + 4)));
+}
+
+// A quad whose largest |x| has the bits `limit`, in the order of deal_to_tables.
+inline int find_quad(const HalfRegion* halves, int32_t limit) {
+  int32_t sizes[kHalfTables], at = 0;
+  for (int h = 0; h < kRegionHalves; ++h) {
+    std::memcpy(sizes, halves[h].limit, sizeof(sizes));
+    for (int t = 0; t < kHalfTables; ++t) {
+      const int32_t found = sizes[t] == limit ? h * kHalfTables + t : 0;
+      at = found > at ? found : at;
+    }
+  }
+  return at;
+}
+
+// All with one step.
+template <typename N>
+inline void round_region(const HalfRegion* halves, float to_units, RegionIntegers& q) {
+  for (int h = 0; h < kRegionHalves; ++h) {
+    for (int i = 0; i < kTableWeights; ++i) {
+      for (int t = 0; t < kHalfTables; t += N::kFloats) {
+        const auto x = N::load_f(halves[h].lanes[i] + t);
+        N::store_i(q[h][i] + t, N::round_to_int(N::mul(x, N::set(to_units))));
+      }
     }
   }
 }
 
-struct LoudQuad {
-  int quad;
-  float limit, rest;  // the largest |x| of the loud quad and of all others
-};
-
-inline LoudQuad find_loud_quad(const float* sizes) {
-  LoudQuad loud{0, sizes[0], 0};
-  for (int j = 1; j < kRegionQuads; ++j) {
-    const float smaller = sizes[j] > loud.limit ? loud.limit : sizes[j];
-    loud.rest = smaller > loud.rest ? smaller : loud.rest;
-    loud.quad = sizes[j] > loud.limit ? j : loud.quad;
-    loud.limit = sizes[j] > loud.limit ? sizes[j] : loud.limit;
+// With a step for each quad: it is a table of 4 (build_lut.inl).
+template <typename N>
+inline void round_exactly(const HalfRegion* halves, float limit, float to_units,
+                          RegionIntegers& q) {
+  for (int h = 0; h < kRegionHalves; ++h) {
+    for (int t = 0; t < kHalfTables; t += N::kFloats) {
+      const auto units = multipliers_of<N>(N::load_f(halves[h].limit + t), limit, kExactMultiplier);
+      const auto inverse_step = N::div(N::set(to_units), units);
+      for (int i = 0; i < kTableWeights; ++i) {
+        const auto x = N::load_f(halves[h].lanes[i] + t);
+        const auto steps = N::to_float(N::round_to_int(N::mul(x, inverse_step)));
+        N::store_i(q[h][i] + t, N::round_to_int(N::mul(steps, units)));
+      }
+    }
   }
-  return loud;
 }
 
-// Inverse steps and multipliers of exact integers: a quad is a table of 4 (build_lut.inl).
-template <typename S>
-inline void choose_steps(const float* sizes, float limit, float to_units, float* inverse_step,
-                         float* multiplier) {
-  for (int j = 0; j < kRegionQuads; j += S::kFloats) {
-    const auto chosen = multipliers_of<S>(S::load_f(sizes + j), limit, kExactMultiplier);
-    S::store_f(multiplier + j, chosen);
-    S::store_f(inverse_step + j, S::div(S::set(to_units), chosen));
+template <typename N>
+inline void sum_chunks(const RegionIntegers& q, int lane, RowRegion* region, RowChunks* chunks) {
+  int32_t total = 0;
+  for (int h = 0; h < kRegionHalves; ++h) {
+    alignas(64) int32_t sums[kHalfTables];
+    for (int t = 0; t < kHalfTables; t += N::kFloats) {
+      const auto at = [&](int i) {
+        return N::load_i(reinterpret_cast<const uint8_t*>(q[h][i] + t));
+      };
+      N::store_i(sums + t, N::add_i(N::add_i(at(0), at(1)), N::add_i(at(2), at(3))));
+    }
+    for (int c = 0; c < kHalfChunks; ++c) {
+      const int32_t sum = sums[c] + sums[kHalfChunks + c];
+      if (chunks != nullptr) chunks->sum[h * kHalfChunks + c][lane] = sum;
+      total += sum;
+    }
   }
+  region->sum[lane] = total;
+}
+
+// The low bytes, in the order of weights.
+inline void write_bytes(const RegionIntegers& q, int8_t* out) {
+  for (int h = 0; h < kRegionHalves; ++h) {
+    uint32_t dealt[kHalfTables], words[kHalfTables];
+    for (int t = 0; t < kHalfTables; ++t) {
+      const auto byte = [&](int i) { return static_cast<uint32_t>(q[h][i][t]) & 255; };
+      dealt[t] = byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24;
+    }
+    for (int t = 0; t < kHalfTables; ++t) words[t] = dealt[dealt_table(t)];
+    std::memcpy(out + h * kRegionWeights / 2, words, sizeof(words));
+  }
+}
+
+// Splits the loud quad, of a region whose bytes are written already.
+inline void write_loud(const RegionIntegers& q, int quad, int lane, int8_t* out,
+                       RowRegion* region) {
+  const int half = quad / kHalfTables, at = quad % kHalfTables;
+  int8_t low[kQuadWeights], high[kQuadWeights];
+  for (int i = 0; i < kQuadWeights; ++i) {
+    const int32_t value = q[half][i][at];
+    high[i] = static_cast<int8_t>((value + kLoudBase / 2) >> kLoudShift);
+    low[i] = static_cast<int8_t>(value - high[i] * kLoudBase);
+  }
+  const int table = half * kHalfTables + at % kHalfChunks * 2 + at / kHalfChunks;
+  std::memcpy(out + table * kQuadWeights, low, sizeof(low));
+  std::memcpy(&region->loud[lane], high, sizeof(high));
+  region->loud_at[lane] = static_cast<uint32_t>(table * kQuadCodes);
 }
 
 // x [64]; to_token_units is for Tables::kExact8. Integers go to out [parts][12][64] of the token,
-// the other numbers to lane `lane` of `region`.
+// the other numbers to lane `lane` of `region` and `chunks`.
 template <typename S>
-void quantize_row(const float* x, Tables tables, float to_token_units, int lane, int8_t* out,
-                  RowRegion* region) {
-  using F = typename S::F;
-  constexpr int64_t kPartStride = kBlockTokens * kRegionWeights;
-  F poison = S::set(0);  // NaN where an x is infinite or NaN
-  for (int i = 0; i < kRegionWeights; i += S::kFloats) {
-    poison = S::fma(S::load_f(x + i), S::set(0), poison);
+TMAC_FLATTEN void quantize_row(const float* x, Tables tables, float to_token_units, int lane,
+                               int8_t* out, RowRegion* region, RowChunks* chunks) {
+  using N = typename S::Narrow;
+  HalfRegion halves[kRegionHalves];
+  auto poisons = N::set(0);
+  for (int h = 0; h < kRegionHalves; ++h) {
+    N::deal_to_tables(x + h * kRegionWeights / 2, halves[h].lanes);
+    measure_half<N>(true, halves[h]);
+    for (int t = 0; t < kHalfTables; t += N::kFloats) {
+      poisons = N::add(poisons, N::load_f(halves[h].poison + t));
+    }
   }
-  alignas(64) float sizes[kRegionQuads];
-  measure_quads(x, sizes);
-  const LoudQuad loud = find_loud_quad(sizes);
+  const float poison = N::sum(poisons);
+  const Largest largest = find_largest(halves);
+  float limit, rest;
+  std::memcpy(&limit, &largest.first, sizeof(limit));
+  std::memcpy(&rest, &largest.second, sizeof(rest));
   Scale scale;
   if (tables == Tables::kExact8) {
-    scale = choose_token_scale(S::sum(poison), to_token_units);
+    scale = choose_token_scale(poison, to_token_units);
   } else if (tables == Tables::kExact) {
-    scale = choose_scale(loud.limit, S::sum(poison), kExactMultiplier * kExactMax);
+    scale = choose_scale(limit, poison, kExactMultiplier * kExactMax);
   } else {
-    const float least = loud.limit * (1.0f / 64);  // 8128 / 127
-    scale = choose_scale(loud.rest > least ? loud.rest : least, S::sum(poison), kInt8Max);
+    const float least = limit * (1.0f / 64);  // 8128 / 127
+    scale = choose_scale(rest > least ? rest : least, poison, kInt8Max);
   }
-  region->half_unit[lane] = 0.5f * scale.unit;
+  region->unit[lane] = tables == Tables::kInt8 ? scale.unit : 0.5f * scale.unit;
 
-  alignas(64) float inverse_step[kRegionQuads], multiplier[kRegionQuads];
-  for (int j = 0; j < kRegionQuads; ++j) {
-    inverse_step[j] = scale.to_units;
-    multiplier[j] = 1;
+  alignas(64) RegionIntegers q;
+  if (scale.to_units == 0) {  // also where x is not finite
+    std::memset(q, 0, sizeof(q));
+  } else if (tables == Tables::kExact) {
+    round_exactly<N>(halves, limit, scale.to_units, q);
+  } else {
+    round_region<N>(halves, scale.to_units, q);
   }
-  if (tables == Tables::kExact && scale.to_units != 0) {
-    choose_steps<S>(sizes, loud.limit, scale.to_units, inverse_step, multiplier);
-  }
-  alignas(64) float steps[kRegionWeights], units[kRegionWeights];
-  for (int i = 0; i < kRegionWeights; ++i) {
-    steps[i] = inverse_step[i / kQuadWeights];
-    units[i] = multiplier[i / kQuadWeights];
-  }
-  alignas(64) int32_t q[kRegionWeights] = {};  // zeros also where x is not finite
-  for (int i = 0; i < kRegionWeights && scale.to_units != 0; i += S::kFloats) {
-    const F whole = S::to_float(S::round_to_int(S::mul(S::load_f(x + i), S::load_f(steps + i))));
-    S::store_i(q + i, S::round_to_int(S::mul(whole, S::load_f(units + i))));
-  }
-  int32_t total = 0;
-  for (int c = 0; c < kRegionChunks; ++c) {
-    int32_t sum = 0;
-    for (int i = 0; i < kChunkWeights; ++i) sum += q[c * kChunkWeights + i];
-    region->chunk_sum[c][lane] = sum;
-    total += sum;
-  }
-  region->region_sum[lane] = total;
-  region->loud_at[lane] = static_cast<uint32_t>(loud.quad * kQuadCodes);
-  int8_t loud_parts[kQuadWeights] = {};
-  for (int i = 0; i < kQuadWeights && tables == Tables::kInt8; ++i) {
-    int32_t& low = q[loud.quad * kQuadWeights + i];
-    loud_parts[i] = static_cast<int8_t>((low + kLoudBase / 2) >> kLoudShift);
-    low -= loud_parts[i] * kLoudBase;
-  }
-  std::memcpy(&region->loud[lane], loud_parts, sizeof(loud_parts));
+  sum_chunks<N>(q, lane, region, chunks);
   if (tables == Tables::kExact) {
-    for (int i = 0; i < kRegionWeights; ++i) {
-      const int32_t half = q[i] < 0 ? -(kExactBase / 2) : kExactBase / 2;
-      const int32_t high = (q[i] + half) / kExactBase;
-      out[i] = static_cast<int8_t>(high);
-      q[i] -= high * kExactBase;
+    alignas(64) RegionIntegers high;
+    for (int h = 0; h < kRegionHalves; ++h) {
+      for (int i = 0; i < kTableWeights; ++i) {
+        for (int t = 0; t < kHalfTables; ++t) {
+          int32_t& low = q[h][i][t];
+          const int32_t half = low < 0 ? -(kExactBase / 2) : kExactBase / 2;
+          high[h][i][t] = (low + half) / kExactBase;
+          low -= high[h][i][t] * kExactBase;
+        }
+      }
     }
-    out += kPartStride;
+    write_bytes(high, out);
+    out += kBlockTokens * kRegionWeights;
   }
-  for (int i = 0; i < kRegionWeights; ++i) out[i] = static_cast<int8_t>(q[i]);
+  write_bytes(q, out);
+  if (tables == Tables::kInt8) {
+    write_loud(q, find_quad(halves, largest.first), lane, out, region);
+  }
 }

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "layout/region.h"
+#include "layout/lut.h"
 
 namespace tmac {
 
@@ -16,16 +16,38 @@ constexpr int kLoudBase = 1 << kLoudShift;
 constexpr int kQuadWeights = 4;  // that one dot product takes
 constexpr int kQuadCodes = kTileRows * kQuadWeights;
 
+// True if integers of that kind can be multiplied with the matrix's codes. Planes with scales of
+// their own are no codes. Ternary weights are taken as codes of 2 bits, in regions as for these and
+// not as for ternary tables: with kExact, whose units follow the region, the bits would differ.
+inline bool serves_rows(const LinearSpec& spec, Tables tables) {
+  if (spec.encoding == Encoding::kBcq) return false;
+  if (!spec.ternary()) return true;
+  return tables != Tables::kExact &&
+         (spec.n_groups() == 1 || spec.group_size % kRegionWeights == 0);
+}
+
+// True if a group of the matrix, which they serve, ends within a region.
+inline bool cuts_regions(const LinearSpec& spec) {
+  if (spec.ternary()) return spec.k % kRegionWeights != 0;
+  return spec.n_chunks() % kRegionChunks != 0 ||
+         (spec.n_groups() > 1 && spec.group_chunks() % kRegionChunks != 0);
+}
+
 // One region of one block. Integers have 8 bits, |q| <= 127, or two parts, q = 255 * high + low
 // with |q| <= 32512 (Tables::kExact, the integers of layout/lut.h). With Tables::kInt8 the 4
 // integers with the largest activation, the loud quad, have two parts, |q| <= 8128: outliers would
 // cost the others of their region most of their bits.
 struct RowRegion {
-  alignas(64) float half_unit[kTokenLanes];  // NaN if an activation is not finite
-  alignas(64) int32_t region_sum[kTokenLanes];
-  alignas(64) int32_t chunk_sum[kRegionChunks][kTokenLanes];
+  // Followed by the integers, int8 [parts][12][64].
+  alignas(64) float unit[kTokenLanes];  // of the sums of products; NaN if an x is not finite
+  alignas(64) int32_t sum[kTokenLanes];
   alignas(64) uint32_t loud_at[kTokenLanes];  // where the loud quad's codes begin
   alignas(64) uint32_t loud[kTokenLanes];     // its high parts, 4 bytes
+};
+
+// Sums of the chunks of a region, for groups that end within it.
+struct RowChunks {
+  alignas(64) int32_t sum[kRegionChunks][kTokenLanes];
 };
 
 // How n tokens are dealt out.
@@ -45,18 +67,24 @@ struct RowBlocks {
 
 // The integers that one matrix reads.
 struct RowView {
-  int8_t* integers;    // [blocks][stride regions][parts][12][64]
-  RowRegion* regions;  // [blocks][stride regions]
-  float* token_unit;   // [blocks][16] factor of the token's product
-  int64_t stride;      // regions of a block
+  uint8_t* regions;   // [blocks][stride regions][region_bytes(parts)]
+  RowChunks* chunks;  // [blocks][stride regions]
+  float* token_unit;  // [blocks][16] factor of the token's product
+  int64_t stride;     // regions of a block
   int parts;
   RowBlocks blocks;
 
-  int8_t* integers_at(int64_t block, int64_t region) const {
-    return integers + (block * stride + region) * parts * kBlockTokens * kRegionWeights;
+  static constexpr int64_t region_bytes(int parts) {
+    return static_cast<int64_t>(sizeof(RowRegion)) + parts * kBlockTokens * kRegionWeights;
   }
   RowRegion& region(int64_t block, int64_t region) const {
-    return regions[block * stride + region];
+    return *reinterpret_cast<RowRegion*>(regions + (block * stride + region) * region_bytes(parts));
+  }
+  int8_t* integers_at(int64_t block, int64_t at) const {
+    return reinterpret_cast<int8_t*>(&region(block, at) + 1);
+  }
+  RowChunks& chunks_of(int64_t block, int64_t region) const {
+    return chunks[block * stride + region];
   }
 };
 

@@ -112,14 +112,15 @@ struct Decoder::Pass {
   void norm_into_inputs(const float* weight, const InputPlan& plan, int64_t first, int64_t last) {
     const int64_t tokens = last - first;
     const int64_t parts = tokens == 1 ? team.threads() : 1;
+    const int64_t n_regions = plan.regions(tokens).size();
     float* normed = a.normed.data() + team.thread() * hidden;
     team.parallel_for(tokens * parts, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t t = i / parts, part = i % parts;
         isa.rms_norm(a.x.data() + (first + t) * hidden, weight, hidden, config.rms_norm_eps,
                      normed);
-        a.inputs.build(plan, tokens, t, plan.n_regions() * part / parts,
-                       plan.n_regions() * (part + 1) / parts, normed);
+        a.inputs.build(plan, tokens, t, n_regions * part / parts, n_regions * (part + 1) / parts,
+                       normed);
       }
     });
   }
@@ -139,8 +140,8 @@ struct Decoder::Pass {
           return std::min(std::clamp<int64_t>(piece - before, 0, here) * at_once,
                           p.w.spec.n_tiles());
         };
-        multiply_tiles(team, p.w, a.inputs, plan.first_region(reader++), tokens, tile(begin),
-                       tile(end), p.y, p.w.spec.m);
+        multiply_tiles(team, p.w, a.inputs, plan.regions(tokens).first(reader++), tokens,
+                       tile(begin), tile(end), p.y, p.w.spec.m);
         before += here;
       }
     });
@@ -149,7 +150,8 @@ struct Decoder::Pass {
   // x += w . input
   void multiply_add(const Linear& w, Inputs& inputs, const InputPlan& plan) {
     for_tiles(team, w.spec.n_tiles(), tiles_at_once(n), [&](int64_t begin, int64_t end) {
-      multiply_tiles(team, w, inputs, plan.first_region(0), n, begin, end, a.delta.data(), hidden);
+      multiply_tiles(team, w, inputs, plan.regions(n).first(0), n, begin, end, a.delta.data(),
+                     hidden);
       const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, hidden);
       for (int64_t t = 0; t < n; ++t) {
         isa.add(a.x.data() + t * hidden + row, a.delta.data() + t * hidden + row, row_end - row);
@@ -172,7 +174,7 @@ struct Decoder::Pass {
   }
 
   void attend(int64_t layer, const InputPlan& o_plan) {
-    const bool build_now = a.inputs.builds_early(o_plan) && head_dim % kRegionWeights == 0;
+    const bool build_now = a.inputs.builds_early(o_plan, n) && head_dim % kRegionWeights == 0;
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
     const int64_t heads_per_kv = config.n_heads / config.n_kv_heads;
     float* rotated = a.rotated.data() + team.thread() * head_dim;
@@ -199,14 +201,14 @@ struct Decoder::Pass {
   // silu(gate . x) * (up . x) as the inputs of `down`.
   void feed_forward(const LayerWeights& w, const LayerPlans& plans) {
     const int64_t width = w.gate.spec.m;
-    const bool build_now = a.down_inputs.builds_early(plans.down);
+    const bool build_now = a.down_inputs.builds_early(plans.down, n);
     // As many tiles as make a region of the next product's input.
     constexpr int64_t kTiles = kRegionWeights / kTileRows;
     static_assert(kTiles % kTilesAtOnce == 0);
     for_tiles(team, w.gate.spec.n_tiles(), kTiles, [&](int64_t begin, int64_t end) {
-      multiply_tiles(team, w.gate, a.inputs, plans.gate_up.first_region(0), n, begin, end,
+      multiply_tiles(team, w.gate, a.inputs, plans.gate_up.regions(n).first(0), n, begin, end,
                      a.gate.data(), width);
-      multiply_tiles(team, w.up, a.inputs, plans.gate_up.first_region(1), n, begin, end,
+      multiply_tiles(team, w.up, a.inputs, plans.gate_up.regions(n).first(1), n, begin, end,
                      a.up.data(), width);
       const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, width);
       for (int64_t t = 0; t < n; ++t) {
@@ -235,19 +237,19 @@ Decoder::Decoder(DecoderConfig config, DecoderWeights weights)
 Decoder::~Decoder() = default;
 
 int64_t Decoder::most_regions() const {
-  int64_t most = head_plan_.n_regions();
+  int64_t most = head_plan_.most_regions();
   for (const LayerPlans& p : plans_) {
-    most = std::max(
-        {most, p.qkv.n_regions(), p.o.n_regions(), p.gate_up.n_regions(), p.down.n_regions()});
+    most = std::max({most, p.qkv.most_regions(), p.o.most_regions(), p.gate_up.most_regions(),
+                     p.down.most_regions()});
   }
   return most;
 }
 
-int64_t Decoder::tokens_at_once() const {
-  int64_t least = head_plan_.tokens_at_once();
+int64_t Decoder::tokens_at_once(Tables tables) const {
+  int64_t least = head_plan_.tokens_at_once(tables);
   for (const LayerPlans& p : plans_) {
     for (const InputPlan* plan : {&p.qkv, &p.o, &p.gate_up, &p.down}) {
-      least = std::min(least, plan->tokens_at_once());
+      least = std::min(least, plan->tokens_at_once(tables));
     }
   }
   return least;
@@ -285,7 +287,7 @@ void Decoder::forward(const int32_t* ids, int64_t n, bool all, KvCache& cache, T
                    " is outside the vocabulary of ", vocab());
   }
 
-  const int64_t at_once = std::min(n, tokens_at_once());
+  const int64_t at_once = std::min(n, tokens_at_once(config_.tables));
   std::unique_ptr<Activations> activations =
       take_activations(at_once, pool.threads(), cache.n_ctx());
   const int64_t start = cache.pos();

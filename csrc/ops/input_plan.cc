@@ -5,22 +5,30 @@
 
 namespace tmac {
 
-InputPlan::InputPlan(std::initializer_list<LinearSpec> readers) {
+void InputRegions::add_reader(const InputShape& shape) {
+  auto set = std::find_if(sets_.begin(), sets_.end(),
+                          [&](const Set& other) { return other.shape == shape; });
+  if (set == sets_.end()) {
+    set = sets_.insert(set, {shape, size_});
+    size_ += shape.n_regions();
+  }
+  reader_regions_.push_back(set->first_region);
+}
+
+InputPlan::InputPlan(std::initializer_list<LinearSpec> readers) : k_(readers.begin()->k) {
+  std::fill(std::begin(serves_rows_), std::end(serves_rows_), true);
   for (const LinearSpec& spec : readers) {
-    const InputShape shape(spec);
-    auto set = std::find_if(sets_.begin(), sets_.end(),
-                            [&](const Set& other) { return other.shape == shape; });
-    if (set == sets_.end()) {
-      set = sets_.insert(set, {shape, n_regions_});
-      n_regions_ += shape.n_regions();
+    tables_.add_reader(InputShape::of_tables(spec));
+    rows_.add_reader(InputShape::of_rows(spec));
+    cuts_regions_ |= tmac::cuts_regions(spec);
+    for (int kind = 0; kind < kTableKinds; ++kind) {
+      serves_rows_[kind] &= serves_rows(spec, static_cast<Tables>(kind));
     }
-    reader_regions_.push_back(set->first_region);
-    if (spec.encoding != Encoding::kUniform) tokens_at_once_ = kTableTokens;
   }
 }
 
 // The activations of the i-th region of a shape. x [shape.k] -> out [region_weights].
-void InputPlan::gather(const InputShape& shape, int64_t region, const float* x, float* out) {
+void InputRegions::gather(const InputShape& shape, int64_t region, const float* x, float* out) {
   const int64_t chunk_weights = shape.chunk_weights();
   std::memset(out, 0, sizeof(float) * static_cast<size_t>(shape.region_weights()));
   const int64_t group_size = shape.contiguous() ? shape.k : shape.group_size;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "layout/lut.h"
+#include "layout/rows.h"
 
 namespace tmac {
 
@@ -14,6 +15,8 @@ constexpr int64_t kTableTokens = 16;
 // Tokens whose inputs are built and read together: weights stream past once for all of them.
 constexpr int64_t kTokensAtOnce = 512;
 
+constexpr bool reads_tables(int64_t n_tokens) { return n_tokens <= kTableTokens; }
+
 // How a matrix wants its input cut into chunks. Matrices of equal shape can share their input.
 struct InputShape {
   int64_t k = 0;
@@ -22,11 +25,14 @@ struct InputShape {
 
   int64_t n_chunks = 0;
 
-  explicit InputShape(const LinearSpec& spec)
-      : k(spec.k),
-        group_size(spec.contiguous_chunks() ? 0 : spec.group_size),
-        ternary(spec.ternary()),
-        n_chunks(spec.n_chunks()) {}
+  static InputShape of_tables(const LinearSpec& spec) {
+    return {spec.k, spec.contiguous_chunks() ? 0 : spec.group_size, spec.ternary(),
+            spec.n_chunks()};
+  }
+  static InputShape of_rows(const LinearSpec& spec) {
+    if (!spec.ternary()) return of_tables(spec);
+    return {spec.k, 0, false, ceil_div(spec.k, kChunkWeights)};
+  }
   bool operator==(const InputShape& o) const {
     return k == o.k && group_size == o.group_size && ternary == o.ternary;
   }
@@ -41,26 +47,23 @@ struct InputShape {
 
 // The regions that the readers of one activation vector need: one set for each distinct shape. A
 // ternary region counts as kTernaryMostPlaces of others.
-class InputPlan {
+class InputRegions {
  public:
-  InputPlan(std::initializer_list<LinearSpec> readers);
+  void add_reader(const InputShape& shape);
 
-  int64_t k() const { return sets_[0].shape.k; }
-  int64_t n_regions() const { return n_regions_; }
+  int64_t size() const { return size_; }
   // True if region i is weights 64 i..64 i + 63 for all readers.
   bool contiguous() const {
     return sets_.size() == 1 && sets_[0].shape.contiguous() && !sets_[0].shape.ternary;
   }
-  // Tokens that the readers can take in together: only uniform codes are multiplied as integers.
-  int64_t tokens_at_once() const { return tokens_at_once_; }
   // Where the regions of the i-th reader begin.
-  int64_t first_region(size_t reader) const { return reader_regions_[reader]; }
+  int64_t first(size_t reader) const { return reader_regions_[reader]; }
 
   // Calls visit(region, ternary, values) for the regions [begin, end) of x [k]; values are 64, or
   // 96 for ternary weights, and zeros are padding. Ternary regions stand `ternary_places` apart.
   template <typename Visit>
-  void each_region(int64_t begin, int64_t end, int64_t ternary_places, const float* x,
-                   const Visit& visit) const {
+  void each(int64_t begin, int64_t end, int64_t ternary_places, const float* x,
+            const Visit& visit) const {
     const Set* set = sets_.data();
     for (int64_t region = begin; region < end; ++region) {
       while (region >= set->first_region + set->shape.n_regions()) ++set;
@@ -88,8 +91,34 @@ class InputPlan {
 
   std::vector<Set> sets_;
   std::vector<int64_t> reader_regions_;
-  int64_t n_regions_ = 0;
-  int64_t tokens_at_once_ = kTokensAtOnce;
+  int64_t size_ = 0;
+};
+
+// What the readers of one activation vector of k need of it, as tables and as integers.
+class InputPlan {
+ public:
+  InputPlan(std::initializer_list<LinearSpec> readers);
+
+  int64_t k() const { return k_; }
+  const InputRegions& regions(int64_t n_tokens) const {
+    return reads_tables(n_tokens) ? tables_ : rows_;
+  }
+  // Of one token, whatever their number.
+  int64_t most_regions() const {
+    return tables_.size() > rows_.size() ? tables_.size() : rows_.size();
+  }
+  // Tokens that all readers can take in together: products of some have to look up tables.
+  int64_t tokens_at_once(Tables tables) const {
+    return serves_rows_[static_cast<int>(tables)] ? kTokensAtOnce : kTableTokens;
+  }
+  // True if groups of a reader end within a region of integers.
+  bool cuts_regions() const { return cuts_regions_; }
+
+ private:
+  int64_t k_;
+  InputRegions tables_, rows_;
+  bool serves_rows_[kTableKinds];
+  bool cuts_regions_ = false;
 };
 
 }  // namespace tmac

@@ -24,18 +24,24 @@ Rows::Rows(Tables tables, int64_t max_regions, int64_t max_tokens, int64_t threa
     : parts_(row_parts(tables)),
       max_regions_(max_regions),
       max_blocks_(reads_tables(max_tokens) ? 0 : RowBlocks{max_tokens}.n_blocks()),
-      integers_(max_blocks_ * max_regions * parts_ * kBlockTokens * kRegionWeights),
-      regions_(max_blocks_ * max_regions),
+      regions_(max_blocks_ * max_regions * RowView::region_bytes(parts_)),
+      chunks_(max_blocks_ * max_regions),
       token_unit_(max_blocks_ * kTokenLanes),
       sums_(threads * RowSums::size(max_blocks_)) {}
 
 RowView Rows::view(int64_t n_tokens, int64_t first_region) {
-  return {integers_.data() + first_region * parts_ * kBlockTokens * kRegionWeights,
-          regions_.data() + first_region,
+  return {regions_.data() + first_region * RowView::region_bytes(parts_),
+          chunks_.data() + first_region,
           token_unit_.data(),
           max_regions_,
           parts_,
           {n_tokens}};
+}
+
+float& Rows::token_unit(int64_t n_tokens, int64_t token) {
+  const RowBlocks blocks{n_tokens};
+  const int64_t block = blocks.block_of(token);
+  return token_unit_.data()[block * kTokenLanes + token - blocks.first_token(block)];
 }
 
 RowSums Rows::sums(int thread) {
@@ -47,8 +53,8 @@ Inputs::Inputs(Tables tables, int64_t max_regions, int64_t max_tokens, int64_t t
       luts_(tables, max_regions, std::min(max_tokens, kTableTokens)),
       rows_(tables, max_regions, max_tokens, threads) {}
 
-void Inputs::build(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t begin,
-                   int64_t end, const float* x) {
+float Inputs::choose_unit(const InputPlan& plan, int64_t n_tokens, int64_t token, bool stores,
+                          const float* x) {
   float unit = 1, to_units = 0;
   if (tables_ == Tables::kExact8) {
     const float limit = kernels().max_abs(x, plan.k());
@@ -57,40 +63,69 @@ void Inputs::build(const InputPlan& plan, int64_t n_tokens, int64_t token, int64
     unit = vanishes ? 0 : limit / kRange;
     to_units = vanishes ? 0 : kRange / limit;
   }
-  const bool sets_unit = begin == 0 && end > 0;
+  if (stores) {
+    (reads_tables(n_tokens) ? luts_.token_unit(token) : rows_.token_unit(n_tokens, token)) = unit;
+  }
+  return to_units;
+}
+
+void Inputs::build_region(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t region,
+                          bool ternary, float to_units, const float* values) {
   if (reads_tables(n_tokens)) {
-    if (sets_unit) luts_.token_unit(token) = unit;
     const Kernels& isa = kernels();
-    plan.each_region(
-        begin, end, isa.ternary_places, x, [&](int64_t region, bool ternary, const float* values) {
-          const auto build_region = ternary ? isa.build_ternary_region : isa.build_region;
-          build_region(values, tables_, to_units, luts_.view(token, region));
-        });
+    const auto build = ternary ? isa.build_ternary_region : isa.build_region;
+    build(values, tables_, to_units, luts_.view(token, region));
     return;
   }
+  const auto quantize = kernels().quantize_row;
   const RowView view = rows_.view(n_tokens, 0);
   const int64_t block = view.blocks.block_of(token);
   const int lane = static_cast<int>(token - view.blocks.first_token(block));
-  if (sets_unit) view.token_unit[block * kTokenLanes + lane] = unit;
-  const bool fill_pair = token % 2 == 0 && token + 1 == n_tokens;
-  plan.each_region(begin, end, 1, x, [&](int64_t region, bool, const float* values) {
-    int8_t* out = view.integers_at(block, region) + lane * kRegionWeights;
-    RowRegion* numbers = &view.region(block, region);
-    kernels().quantize_row(values, tables_, to_units, lane, out, numbers);
-    if (fill_pair) {  // kernels compute the missing token too
-      kernels().quantize_row(values, tables_, to_units, lane + 1, out + kRegionWeights, numbers);
-    }
-  });
+  int8_t* out = view.integers_at(block, region) + lane * kRegionWeights;
+  RowRegion* numbers = &view.region(block, region);
+  RowChunks* chunks = plan.cuts_regions() ? &view.chunks_of(block, region) : nullptr;
+  quantize(values, tables_, to_units, lane, out, numbers, chunks);
+  if (token % 2 == 0 && token + 1 == n_tokens) {  // kernels compute the missing token too
+    quantize(values, tables_, to_units, lane + 1, out + kRegionWeights, numbers, chunks);
+  }
+}
+
+void Inputs::build(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t begin,
+                   int64_t end, const float* x) {
+  const float to_units = choose_unit(plan, n_tokens, token, begin == 0 && end > 0, x);
+  plan.regions(n_tokens).each(begin, end, kernels().ternary_places, x,
+                              [&](int64_t region, bool ternary, const float* values) {
+                                build_region(plan, n_tokens, token, region, ternary, to_units,
+                                             values);
+                              });
 }
 
 void Inputs::build_all(Team& team, const InputPlan& plan, int64_t n_tokens, const float* x,
                        int64_t stride) {
-  const int64_t n_regions = plan.n_regions();
-  team.parallel_for(n_tokens * n_regions, [&](int64_t begin, int64_t end) {
+  // Tokens whose numbers stand side by side are built together.
+  const RowBlocks blocks{n_tokens};
+  const bool apart = reads_tables(n_tokens);
+  const int64_t n_blocks = apart ? n_tokens : blocks.n_blocks();
+  const InputRegions& regions = plan.regions(n_tokens);
+  const int64_t n_regions = regions.size(), ternary_places = kernels().ternary_places;
+  team.parallel_for(n_blocks * n_regions, [&](int64_t begin, int64_t end) {
     while (begin < end) {
-      const int64_t token = begin / n_regions, first = begin % n_regions;
+      const int64_t block = begin / n_regions, first = begin % n_regions;
       const int64_t last = std::min(n_regions, first + end - begin);
-      build(plan, n_tokens, token, first, last, x + token * stride);
+      const int64_t token = apart ? block : blocks.first_token(block);
+      const int64_t n = apart ? 1 : std::min(blocks.first_token(block + 1), n_tokens) - token;
+      float to_units[kBlockTokens];
+      for (int64_t t = 0; t < n; ++t) {
+        to_units[t] = choose_unit(plan, n_tokens, token + t, first == 0, x + (token + t) * stride);
+      }
+      for (int64_t region = first; region < last; ++region) {
+        for (int64_t t = 0; t < n; ++t) {
+          regions.each(region, region + 1, ternary_places, x + (token + t) * stride,
+                       [&](int64_t at, bool ternary, const float* values) {
+                         build_region(plan, n_tokens, token + t, at, ternary, to_units[t], values);
+                       });
+        }
+      }
       begin += last - first;
     }
   });

@@ -9,7 +9,6 @@
 
 namespace tmac {
 
-constexpr bool reads_tables(int64_t n_tokens) { return n_tokens <= kTableTokens; }
 // Tiles that one product works on together: what threads should be dealt.
 constexpr int64_t tiles_at_once(int64_t n_tokens) {
   return reads_tables(n_tokens) ? 1 : kTilesAtOnce;
@@ -40,13 +39,14 @@ class Rows {
  public:
   Rows(Tables tables, int64_t max_regions, int64_t max_tokens, int64_t threads);
   RowView view(int64_t n_tokens, int64_t first_region);
+  float& token_unit(int64_t n_tokens, int64_t token);
   RowSums sums(int thread);
 
  private:
   const int parts_;
   const int64_t max_regions_, max_blocks_;
-  AlignedBuffer<int8_t> integers_;
-  AlignedBuffer<RowRegion> regions_;
+  AlignedBuffer<uint8_t> regions_;
+  AlignedBuffer<RowChunks> chunks_;
   AlignedBuffer<float> token_unit_;
   AlignedBuffer<float> sums_;  // [threads, RowSums]
 };
@@ -59,14 +59,14 @@ class Inputs {
 
   Tables tables() const { return tables_; }
   // True if a region can be built before the activations of other regions are known.
-  bool builds_early(const InputPlan& plan) const {
-    return plan.contiguous() && tables_ != Tables::kExact8;
+  bool builds_early(const InputPlan& plan, int64_t n_tokens) const {
+    return plan.regions(n_tokens).contiguous() && tables_ != Tables::kExact8;
   }
   // Builds the regions [begin, end) of `plan` for one of n_tokens from all of its activations x
   // [k].
   void build(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t begin, int64_t end,
              const float* x);
-  // Builds the regions of weights [begin, end), multiples of 64 or k. Needs builds_early(plan).
+  // Builds the regions of weights [begin, end), multiples of 64 or k. Needs builds_early().
   void build_weights(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t begin,
                      int64_t end, const float* x) {
     build(plan, n_tokens, token, begin / kRegionWeights, ceil_div(end, kRegionWeights), x);
@@ -79,6 +79,13 @@ class Inputs {
   Rows& rows() { return rows_; }
 
  private:
+  // Units of a token per activation, for build_region; stores the inverse if `stores`.
+  float choose_unit(const InputPlan& plan, int64_t n_tokens, int64_t token, bool stores,
+                    const float* x);
+  // values [64], or [96] for ternary tables
+  void build_region(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t region,
+                    bool ternary, float to_units, const float* values);
+
   const Tables tables_;
   Luts luts_;
   Rows rows_;

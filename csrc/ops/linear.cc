@@ -45,7 +45,8 @@ void multiply_tiles(const Team& team, const Linear& w, Inputs& inputs, int64_t f
     return;
   }
   const RowView view = inputs.rows().view(n_tokens, first_region);
-  const auto multiply = kernels().multiply_rows[view.parts - 1][w.spec.bits - 1];
+  const auto kind = static_cast<size_t>(inputs.tables());
+  const auto multiply = kernels().multiply_rows[kind][w.spec.bits - 1];
   const RowSums sums = inputs.rows().sums(team.thread());
   const int64_t row_end = std::min(tile_end * kTileRows, w.spec.m);
   for (int64_t tile = tile_begin; tile < tile_end; tile += kTilesAtOnce) {
@@ -60,15 +61,16 @@ void linear_forward(const Linear& w, Tables tables, const float* x, int64_t n, f
                     ThreadPool& pool) {
   kernels();  // throws, if it must, before the threads set out
   const InputPlan plan({w.spec});
-  const int64_t at_once = std::min(n, plan.tokens_at_once());
-  Inputs inputs(tables, plan.n_regions(), at_once, pool.threads());
+  const int64_t at_once = std::min(n, plan.tokens_at_once(tables));
+  Inputs inputs(tables, plan.most_regions(), at_once, pool.threads());
   const int64_t k = w.spec.k, m = w.spec.m;
   pool.run([&](Team& team) {
     for (int64_t first = 0; first < n; first += at_once) {
       const int64_t tokens = std::min(at_once, n - first);
       inputs.build_all(team, plan, tokens, x + first * k, k);
       for_tiles(team, w.spec.n_tiles(), tiles_at_once(tokens), [&](int64_t begin, int64_t end) {
-        multiply_tiles(team, w, inputs, plan.first_region(0), tokens, begin, end, y + first * m, m);
+        multiply_tiles(team, w, inputs, plan.regions(tokens).first(0), tokens, begin, end,
+                       y + first * m, m);
       });
     }
   });

@@ -279,6 +279,9 @@ struct Avx2 {
   static void prefetch(const uint8_t* p) {
     _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
   }
+  static void prefetch_near(const uint8_t* p) {
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+  }
 
   static void deal_to_tables(const float* x, float (*lanes)[8]) {
     const F c0 = load_f(x), c1 = load_f(x + 8), c2 = load_f(x + 16), c3 = load_f(x + 24);
@@ -355,6 +358,14 @@ struct Avx2 {
   static I sub_words(I a, I b) { return _mm256_sub_epi16(a, b); }
   static I add_words(I a, I b) { return _mm256_add_epi16(a, b); }
   static I multiply_pairs(I codes, I q) { return _mm256_maddubs_epi16(codes, q); }
+  // sum + multiply_pairs(codes, q). Not the intrinsics: GCC copies sums to and fro around them.
+  static I add_to_words(I sum, I codes, I q) {
+    I products;
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+        : "+x"(sum), "=&x"(products)
+        : "x"(codes), "x"(q));
+    return sum;
+  }
   static I multiply_words(I a, I b) { return _mm256_madd_epi16(a, b); }
   static I set_words(int16_t x) { return _mm256_set1_epi16(x); }
   template <int kShift>
@@ -383,12 +394,12 @@ struct Avx2 {
 #ifdef TMAC_AVX2_DOT
   static constexpr int kDotTokens = 6;
   static I multiply_fours(I sum, I codes, I q) { return dot(sum, codes, q); }
-  template <int kBits>
-  using Dot = FoursDot<Avx2, kBits>;
+  template <int kBits, bool kCentred>
+  using Dot = FoursDot<Avx2, kBits, kCentred>;
 #else
   static constexpr int kDotTokens = 4;
-  template <int kBits>
-  using Dot = PairsDot<Avx2, kBits>;
+  template <int kBits, bool kCentred>
+  using Dot = PairsDot<Avx2, kBits, kCentred>;
 #endif
 
  private:

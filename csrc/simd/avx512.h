@@ -369,6 +369,7 @@ struct Avx512 {
   }
 
   static void prefetch(const uint8_t* p) { Avx2::prefetch(p); }
+  static void prefetch_near(const uint8_t* p) { Avx2::prefetch_near(p); }
 
   // Products of unpacked codes (kernels/multiply_rows.inl).
 
@@ -404,12 +405,19 @@ struct Avx512 {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(q));
     return sum;
   }
-  template <int kBits>
-  using Dot = FoursDot<Avx512, kBits>;
+  template <int kBits, bool kCentred>
+  using Dot = FoursDot<Avx512, kBits, kCentred>;
 #else
   static constexpr int kDotTokens = 6;
   static I add_words(I a, I b) { return _mm512_add_epi16(a, b); }
   static I multiply_pairs(I codes, I q) { return _mm512_maddubs_epi16(codes, q); }
+  static I add_to_words(I sum, I codes, I q) {
+    I products;
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+        : "+v"(sum), "=&v"(products)
+        : "v"(codes), "v"(q));
+    return sum;
+  }
   static I multiply_words(I a, I b) { return _mm512_madd_epi16(a, b); }
   static I set_words(int16_t x) { return _mm512_set1_epi16(x); }
   template <int kShift>
@@ -421,8 +429,8 @@ struct Avx512 {
     return _mm512_srai_epi16(a, kShift);
   }
   static void store(uint8_t* p, I a) { _mm512_storeu_si512(p, a); }
-  template <int kBits>
-  using Dot = PairsDot<Avx512, kBits>;
+  template <int kBits, bool kCentred>
+  using Dot = PairsDot<Avx512, kBits, kCentred>;
 #endif
 };
 

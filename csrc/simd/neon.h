@@ -223,6 +223,7 @@ struct Neon {
   static float largest(F a) { return vmaxvq_f32(a); }
 
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
+  static void prefetch_near(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
 
   static void deal_to_tables(const float* x, float (*lanes)[kHalfTables]) {
     const float32x4x4_t first = vld4q_f32(x), second = vld4q_f32(x + 16);
@@ -291,32 +292,37 @@ struct Neon {
 #else
   static constexpr int kDotTokens = 2;
 #endif
-  // Up to 7 bits 2 u - (2^b - 1) is an int8. For 8 bits R = 2 * sum (u - 128) q + sum q.
-  template <bool kHalves>
+  template <bool kCentred, bool kByte>
   struct DotCore {
     using Codes = int8x16_t;
     static constexpr int kTokenBytes = 64;
     static constexpr int kRun = 16;
     static constexpr bool kHasTotal = true;
-    static constexpr bool kHalved = kHalves;
+    static constexpr bool kBiased = !kCentred && kByte;
+    static constexpr bool kHalved = kCentred && kByte;
 
     static Codes load(const uint8_t* codes) { return Neon::load(codes); }
-    static int8x16_t broadcast_loud(const int8_t* q) { return broadcast(q); }
     static int8x16_t broadcast(const int8_t* q) {
       int32_t four;
       std::memcpy(&four, q, 4);
       return vreinterpretq_s8_s32(vdupq_n_s32(four));
     }
+    static I multiply_loud(const uint8_t* codes, const int8_t* q) {
+      DotCore high;
+      high.begin(zero_i());
+      high.add(load(codes), broadcast(q));
+      return shift_left<7>(high.sum());
+    }
     void fold() {}
 #ifdef __ARM_FEATURE_DOTPROD
     I acc;
-    void begin(I bias) { acc = bias; }
+    void begin(I base) { acc = base; }
     void add(Codes codes, int8x16_t q) { acc = vdotq_s32(acc, codes, q); }
     I sum() const { return acc; }
 #else
     I total, lo, hi;
-    void begin(I bias) {
-      total = bias;
+    void begin(I base) {
+      total = base;
       lo = hi = vdupq_n_s32(0);
     }
     void add(Codes codes, int8x16_t q) {
@@ -326,18 +332,21 @@ struct Neon {
     I sum() const { return vaddq_s32(total, vpaddq_s32(lo, hi)); }
 #endif
   };
-  template <int kBits>
+  // What is an int8: centred, 2 u - (2^b - 1) up to 7 bits, and else u. For 8 bits u - 128:
+  // R = 2 * sum (u - 128) q + sum q, centred, or sum (u - 128) q + 128 * sum q.
+  template <int kBits, bool kCentred>
   struct Dot {
-    using Core = DotCore<kBits == 8>;
+    using Core = DotCore<kCentred, kBits == 8>;
     static I prepare(I codes) {
       const int8x16_t bytes = vreinterpretq_s8_s32(codes);
       if constexpr (kBits == 8) {
         return vreinterpretq_s32_s8(veorq_s8(bytes, vdupq_n_s8(INT8_MIN)));
       }
+      if constexpr (!kCentred) return codes;
       return vreinterpretq_s32_s8(
           vsubq_s8(vaddq_s8(bytes, bytes), vdupq_n_s8(static_cast<int8_t>((1 << kBits) - 1))));
     }
-    static I bias(I) { return vdupq_n_s32(0); }
+    static I bias(I sum) { return shift_left<7>(sum); }
   };
 };
 

@@ -242,6 +242,7 @@ struct Scalar {
   }
 
   static void prefetch(const uint8_t*) {}
+  static void prefetch_near(const uint8_t*) {}
 
   static void deal_to_tables(const float* x, float (*lanes)[kHalfTables]) {
     for (int t = 0; t < kHalfTables; ++t) {
@@ -346,35 +347,41 @@ struct Scalar {
 
   static constexpr int kDotTokens = 2;
   static constexpr int kDotVectors = 2;
+  template <bool kCentred>
   struct DotCore {
     using Codes = B;
     static constexpr int kTokenBytes = 64;
     static constexpr int kRun = 16;
     static constexpr bool kHasTotal = true;
+    static constexpr bool kBiased = kCentred;
     static constexpr bool kHalved = false;
     I acc;
 
     static B load(const uint8_t* codes) { return Scalar::load(codes); }
-    static B broadcast_loud(const int8_t* q) { return broadcast(q); }
     static B broadcast(const int8_t* q) {
       B b;
       for (int i = 0; i < 16; ++i) b.v[i] = q[i % 4];
       return b;
     }
-    void begin(const I& bias) { acc = bias; }
+    static I multiply_loud(const uint8_t* codes, const int8_t* q) {
+      DotCore high{zero_i()};
+      high.add(load(codes), broadcast(q));
+      return shift_left<7>(high.acc);
+    }
+    void begin(const I& base) { acc = base; }
     void add(const B& codes, const B& q) {
       for (int r = 0; r < 4; ++r) {
         int32_t sum = 0;
         for (int i = 4 * r; i < 4 * r + 4; ++i) sum += static_cast<uint8_t>(codes.v[i]) * q.v[i];
-        acc.v[r] += 2 * sum;
+        acc.v[r] += (kCentred ? 2 : 1) * sum;
       }
     }
     void fold() {}
     I sum() const { return acc; }
   };
-  template <int kBits>
+  template <int kBits, bool kCentred>
   struct Dot {
-    using Core = DotCore;
+    using Core = DotCore<kCentred>;
     static I prepare(const I& codes) { return codes; }
     static I bias(const I& sum) { return sub_i(sum, shift_left<kBits>(sum)); }
   };

@@ -4,8 +4,8 @@
 #include <cstring>
 
 // Dot products of unpacked codes u of kBits bits with int8 activations q, |q| <= 127, for the
-// vectors V of the x86 instruction sets: each lane of 32 bits adds up R = sum (2 u - (2^b - 1)) q
-// of one row. The names are described in simd/README.md.
+// vectors V of the x86 instruction sets: each lane of 32 bits adds up R of one row, centred or not
+// (kernels/multiply_rows.inl). The names are described in simd/README.md.
 namespace tmac {
 namespace {
 
@@ -17,32 +17,35 @@ inline typename V::I broadcast_four(const int8_t* q) {
 }
 
 // With one instruction for 4 products a lane (VNNI).
-template <typename V, bool kHalves>
+template <typename V, bool kCentred, bool kHalves>
 struct FoursCore {
   using I = typename V::I;
   using Codes = I;
   static constexpr int kTokenBytes = 64;
   static constexpr int kRun = 16;
   static constexpr bool kHasTotal = true;
+  static constexpr bool kBiased = kCentred;
   static constexpr bool kHalved = kHalves;
   I acc;
 
   static Codes load(const uint8_t* codes) { return V::load_i(codes); }
   static I broadcast(const int8_t* q) { return broadcast_four<V>(q); }
-  static I broadcast_loud(const int8_t* q) { return broadcast_four<V>(q); }
-  void begin(I bias) { acc = bias; }
+  static I multiply_loud(const uint8_t* codes, const int8_t* q) {
+    return V::template shift_left<7>(V::multiply_fours(V::zero_i(), load(codes), broadcast(q)));
+  }
+  void begin(I base) { acc = base; }
   void add(Codes codes, I q) { acc = V::multiply_fours(acc, codes, q); }
   void fold() {}
   I sum() const { return acc; }
 };
 
-// 2 u is a byte up to 7 bits. For 8 bits R = 2 * sum (u - 128) q + sum q.
-template <typename V, int kBits>
+// Centred, 2 u is a byte up to 7 bits. For 8 bits R = 2 * sum (u - 128) q + sum q.
+template <typename V, int kBits, bool kCentred>
 struct FoursDot {
   using I = typename V::I;
-  using Core = FoursCore<V, kBits == 8>;
+  using Core = FoursCore<V, kCentred, kCentred && kBits == 8>;
   static I prepare(I codes) {
-    if constexpr (kBits == 8) return codes;
+    if constexpr (!kCentred || kBits == 8) return codes;
     return V::template shift_left<1>(codes);
   }
   static I bias(I sum) {
@@ -51,46 +54,56 @@ struct FoursDot {
   }
 };
 
-// With maddubs: 2 products an int16 lane, kRuns of which fit; then madd with 2 to int32.
-template <typename V, int kRuns>
+// The loud quad with maddubs: high parts are at most 64, and 2 * 255 * 64 < 2^15.
+template <typename V>
+inline typename V::I multiply_loud_pairs(const uint8_t* codes, const int8_t* q) {
+  return V::multiply_words(V::multiply_pairs(V::load_i(codes), broadcast_four<V>(q)),
+                           V::set_words(128));
+}
+
+// With maddubs: 2 products an int16 lane, kRuns of which fit; then madd to int32, centred with 2.
+template <typename V, int kRuns, bool kCentred>
 struct PairsCore {
   using I = typename V::I;
   using Codes = I;
   static constexpr int kTokenBytes = 64;
   static constexpr int kRun = kRuns;
   static constexpr bool kHasTotal = kRun < 16;
+  static constexpr bool kBiased = kCentred;
   static constexpr bool kHalved = false;
   I total, pairs;
 
   static Codes load(const uint8_t* codes) { return V::load_i(codes); }
   static I broadcast(const int8_t* q) { return broadcast_four<V>(q); }
-  static I broadcast_loud(const int8_t* q) { return broadcast_four<V>(q); }
-  void begin(I bias) {
-    total = bias;
+  static I multiply_loud(const uint8_t* codes, const int8_t* q) {
+    return multiply_loud_pairs<V>(codes, q);
+  }
+  void begin(I base) {
+    total = base;
     pairs = V::zero_i();
   }
   void add(Codes codes, I q) {
     if constexpr (kRun == 1) {
-      total = V::add_i(total, doubled(V::multiply_pairs(codes, q)));
+      total = V::add_i(total, widened(V::multiply_pairs(codes, q)));
     } else {
-      pairs = V::add_words(pairs, V::multiply_pairs(codes, q));
+      pairs = V::add_to_words(pairs, codes, q);
     }
   }
   void fold() {
     if constexpr (kRun > 1 && kHasTotal) {
-      total = V::add_i(total, doubled(pairs));
+      total = V::add_i(total, widened(pairs));
       pairs = V::zero_i();
     }
   }
-  I sum() const { return kHasTotal ? total : doubled(pairs); }
+  I sum() const { return kHasTotal ? total : widened(pairs); }
 
  private:
-  static I doubled(I pairs) { return V::multiply_words(pairs, V::set_words(2)); }
+  static I widened(I pairs) { return V::multiply_words(pairs, V::set_words(kCentred ? 2 : 1)); }
 };
 
 // Where not even one maddubs fits int16: both factors as int16, those of weights 0 and 2 of 4 and
 // those of weights 1 and 3.
-template <typename V>
+template <typename V, bool kCentred>
 struct WordsCore {
   using I = typename V::I;
   struct Codes {
@@ -99,22 +112,23 @@ struct WordsCore {
   static constexpr int kTokenBytes = 128;
   static constexpr int kRun = 16;
   static constexpr bool kHasTotal = true;
+  static constexpr bool kBiased = kCentred;
   static constexpr bool kHalved = false;
   I total;
 
-  // Twice the codes.
+  // Centred, twice the codes.
   static Codes load(const uint8_t* codes) {
     const I bytes = V::load_i(codes);
     const I even = V::and_i(bytes, V::set_words(255));
     const I odd = V::and_i(V::template shift_right<8>(bytes), V::set_words(255));
+    if constexpr (!kCentred) return {even, odd};
     return {V::add_words(even, even), V::add_words(odd, odd)};
   }
   static Codes broadcast(const int8_t* q) {
     return {broadcast_four<V>(q), broadcast_four<V>(q + kTokenBytes / 2)};
   }
-  static Codes broadcast_loud(const int8_t* q) {
-    const I bytes = broadcast_four<V>(q);
-    return {even_bytes(bytes), odd_bytes(bytes)};
+  static I multiply_loud(const uint8_t* codes, const int8_t* q) {
+    return multiply_loud_pairs<V>(codes, q);
   }
   // q [64] -> [2][64], as broadcast takes them.
   static void widen(const int8_t* q, int8_t* out) {
@@ -125,7 +139,7 @@ struct WordsCore {
       V::store(at + kTokenBytes / 2, odd_bytes(bytes));
     }
   }
-  void begin(I bias) { total = bias; }
+  void begin(I base) { total = base; }
   void add(const Codes& codes, const Codes& q) {
     total = V::add_i(total, V::multiply_words(codes.even, q.even));
     total = V::add_i(total, V::multiply_words(codes.odd, q.odd));
@@ -146,19 +160,19 @@ constexpr int pairs_run(int bits) {
   return fit >= 16 ? 16 : fit >= 8 ? 8 : fit >= 4 ? 4 : fit >= 2 ? 2 : fit;
 }
 
-template <typename V, int kRun>
+template <typename V, int kRun, bool kCentred>
 struct PairsCoreOf {
-  using Core = PairsCore<V, kRun>;
+  using Core = PairsCore<V, kRun, kCentred>;
 };
-template <typename V>
-struct PairsCoreOf<V, 0> {
-  using Core = WordsCore<V>;
+template <typename V, bool kCentred>
+struct PairsCoreOf<V, 0, kCentred> {
+  using Core = WordsCore<V, kCentred>;
 };
 
-template <typename V, int kBits>
+template <typename V, int kBits, bool kCentred>
 struct PairsDot {
   using I = typename V::I;
-  using Core = typename PairsCoreOf<V, pairs_run(kBits)>::Core;
+  using Core = typename PairsCoreOf<V, pairs_run(kBits), kCentred>::Core;
   static I prepare(I codes) { return codes; }
   static I bias(I sum) { return V::sub_i(sum, V::template shift_left<kBits>(sum)); }
 };
