@@ -317,7 +317,7 @@ void prepare_tokens(const Segment* segments, int n_segments, const RowView& x, i
       if (segment.chunks == kRegionChunks) {
         sum = add_sum(region.sum);
       } else {
-        find_loud<S>(segment, region, lane, tokens[s]);
+        if constexpr (!kCentred) find_loud<S>(segment, region, lane, tokens[s]);
         const RowChunks& chunks = x.chunks_of(block, segment.region);
         for (int c = 0; c < segment.chunks; ++c) {
           sum = S::add_i(sum, add_sum(chunks.sum[segment.first_chunk + c]));

@@ -63,8 +63,9 @@ float Inputs::choose_unit(const InputPlan& plan, int64_t n_tokens, int64_t token
     unit = vanishes ? 0 : limit / kRange;
     to_units = vanishes ? 0 : kRange / limit;
   }
-  if (stores)
+  if (stores) {
     (reads_tables(n_tokens) ? luts_.token_unit(token) : rows_.token_unit(n_tokens, token)) = unit;
+  }
   return to_units;
 }
 
