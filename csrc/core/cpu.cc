@@ -6,6 +6,8 @@
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace tmac {
@@ -53,9 +55,16 @@ bool has(const std::string& feature) {
   if (feature == "neon") return true;
 #if defined(__linux__)
   constexpr unsigned long kHwcapAsimdDp = 1ul << 20;
+  constexpr unsigned long kHwcap2I8mm = 1ul << 13;
   if (feature == "dotprod") return (getauxval(AT_HWCAP) & kHwcapAsimdDp) != 0;
+  if (feature == "i8mm") return (getauxval(AT_HWCAP2) & kHwcap2I8mm) != 0;
 #elif defined(__APPLE__)
   if (feature == "dotprod") return true;  // every Apple CPU that runs macOS on Arm
+  if (feature == "i8mm") {
+    int has = 0;
+    size_t size = sizeof(has);
+    return sysctlbyname("hw.optional.arm.FEAT_I8MM", &has, &size, nullptr, 0) == 0 && has != 0;
+  }
 #endif
   return false;
 }

@@ -58,24 +58,37 @@ struct TokenNumbers {
   const uint32_t* loud;
 };
 
-// Adds `quads` times 4 products to each of the dots.
-template <typename S, typename Dot, int kTokens, int kVectors>
+// Adds `quads` times 4 products to each of the dots [kDots][kVectors].
+template <typename S, typename Dot, int kDots, int kVectors>
 inline void add_quads(Dot (*dots)[kVectors], const uint8_t* codes, const int8_t* q, int quads,
                       const Ahead& ahead) {
-  const auto add_quad = [&](int quad) {
-    typename Dot::Codes w[kVectors];
-    repeat<kVectors>([&](auto v) {
-      w[v] = Dot::load(codes + quad * kTileRows * kQuadWeights + v * S::kFloats * kQuadWeights);
-    });
-    repeat<kTokens>([&](auto t) {
-      const auto x = Dot::broadcast(q + t * Dot::kTokenBytes + quad * kQuadWeights);
-      repeat<kVectors>([&](auto v) { dots[t][v].add(w[v], x); });
-    });
+  const auto load = [&](int quad, int v) {
+    return Dot::load(codes + quad * kTileRows * kQuadWeights + v * S::kFloats * kQuadWeights);
+  };
+  const auto broadcast = [&](int quad, int d) {
+    return Dot::broadcast(q + d * Dot::kTokens * Dot::kTokenBytes + quad * kQuadWeights);
+  };
+  // The factors that there are fewer of stay in registers.
+  const auto add = [&](int quad) {
+    if constexpr (kDots < kVectors * Dot::kQuads) {
+      decltype(broadcast(0, 0)) x[kDots];
+      repeat<kDots>([&](auto d) { x[d] = broadcast(quad, d); });
+      repeat<kVectors>([&](auto v) {
+        const auto w = load(quad, v);
+        repeat<kDots>([&](auto d) { dots[d][v].add(w, x[d]); });
+      });
+    } else {
+      typename Dot::Codes w[kVectors];
+      repeat<kVectors>([&](auto v) { w[v] = load(quad, v); });
+      repeat<kDots>([&](auto d) {
+        const auto x = broadcast(quad, d);
+        repeat<kVectors>([&](auto v) { dots[d][v].add(w[v], x); });
+      });
+    }
   };
   const auto add_two = [&](int quad) {
     ahead.template fetch<S>(quad);
-    add_quad(quad);
-    add_quad(quad + 1);
+    repeat<2 / Dot::kQuads>([&](auto i) { add(quad + i * Dot::kQuads); });
   };
   if constexpr (Dot::kRun >= 2 * kRegionChunks) {
     for (int quad = 0; quad < quads; quad += 2) add_two(quad);
@@ -84,7 +97,7 @@ inline void add_quads(Dot (*dots)[kVectors], const uint8_t* codes, const int8_t*
     for (int quad = 0; quad < quads; quad += kStep) {
       const int end = quads - quad < kStep ? quads : quad + kStep;
       for (int i = quad; i < end; i += 2) add_two(i);
-      repeat<kTokens>([&](auto t) { repeat<kVectors>([&](auto v) { dots[t][v].fold(); }); });
+      repeat<kDots>([&](auto d) { repeat<kVectors>([&](auto v) { dots[d][v].fold(); }); });
     }
   }
 }
@@ -96,6 +109,7 @@ struct RowBlock {
   static constexpr bool kLoud = kTables == Tables::kInt8;
   static constexpr int kParts = row_parts(kTables);
   static constexpr int kVectors = S::kDotVectors;
+  static constexpr int kDots = kTokens / Dot::kTokens;
   static constexpr bool kWidens = Dot::kTokenBytes != kRegionWeights;
   static constexpr int kPartBytes = (kWidens ? kTokens : kBlockTokens) * Dot::kTokenBytes;
   // Dot products begin at the bias or at the loud quad's high part.
@@ -105,7 +119,7 @@ struct RowBlock {
   static inline I base(const uint8_t* codes, const TokenNumbers& tokens, int t, int v) {
     I sum = S::zero_i();
     if constexpr (kLoud) {
-      sum = Dot::multiply_loud(codes + tokens.loud_at[t] + v * S::kFloats * kQuadWeights,
+      sum = Dot::multiply_loud(codes + v * S::kFloats * kQuadWeights, tokens.loud_at[t],
                                reinterpret_cast<const int8_t*>(tokens.loud + t));
     }
     if constexpr (Dot::kBiased) sum = S::add_i(sum, S::set_i(tokens.bias[t]));
@@ -114,11 +128,16 @@ struct RowBlock {
 
   static inline void add_up(const uint8_t* codes, const int8_t* q, int quads,
                             const TokenNumbers& tokens, const Ahead& ahead, Dot (*dots)[kVectors]) {
-    repeat<kTokens>([&](auto t) {
-      repeat<kVectors>(
-          [&](auto v) { dots[t][v].begin(kBegins ? base(codes, tokens, t, v) : S::zero_i()); });
+    repeat<kDots>([&](auto d) {
+      repeat<kVectors>([&](auto v) {
+        I bases[Dot::kTokens];
+        repeat<Dot::kTokens>([&](auto t) {
+          bases[t] = kBegins ? base(codes, tokens, d * Dot::kTokens + t, v) : S::zero_i();
+        });
+        dots[d][v].begin(bases);
+      });
     });
-    add_quads<S, Dot, kTokens, kVectors>(dots, codes, q, quads, ahead);
+    add_quads<S, Dot, kDots, kVectors>(dots, codes, q, quads, ahead);
   }
 
   // One segment, kTokens tokens from `lane` on, kVectors * kFloats rows from `row` on.
@@ -127,12 +146,15 @@ struct RowBlock {
       const float* units, TokenNumbers tokens, Ahead ahead, int row, float* product, float* group) {
     const int quads = 2 * segment.chunks;
     alignas(64) int32_t high[kParts == 2 ? kTokens * kVectors * S::kFloats : 1];
-    Dot dots[kTokens][kVectors];
+    Dot dots[kDots][kVectors];
+    const auto sum_of = [&](auto t, auto v) {
+      return dots[t / Dot::kTokens][v].sum(t % Dot::kTokens);
+    };
     if constexpr (kParts == 2) {
       add_up(codes, q, quads, tokens, ahead, dots);
       repeat<kTokens>([&](auto t) {
         repeat<kVectors>(
-            [&](auto v) { S::store_i(high + (t * kVectors + v) * S::kFloats, dots[t][v].sum()); });
+            [&](auto v) { S::store_i(high + (t * kVectors + v) * S::kFloats, sum_of(t, v)); });
       });
       q += kPartBytes;
       ahead.numbers += 2 * kRegionChunks * Ahead::kNumbers;
@@ -143,7 +165,7 @@ struct RowBlock {
     asm volatile("" : "+r"(tokens.sum), "+r"(tokens.x_sum), "+r"(tokens.centre_x_sum));
 
     const auto sum = [&](auto t, auto v) {
-      I total = dots[t][v].sum();
+      I total = sum_of(t, v);
       if constexpr (kParts == 2) {
         static_assert(kExactBase == 255);
         const I upper =
@@ -295,7 +317,7 @@ void prepare_tokens(const Segment* segments, int n_segments, const RowView& x, i
       if (segment.chunks == kRegionChunks) {
         sum = add_sum(region.sum);
       } else {
-        find_loud<S>(segment, region, lane, tokens[s]);
+        if constexpr (!kCentred) find_loud<S>(segment, region, lane, tokens[s]);
         const RowChunks& chunks = x.chunks_of(block, segment.region);
         for (int c = 0; c < segment.chunks; ++c) {
           sum = S::add_i(sum, add_sum(chunks.sum[segment.first_chunk + c]));
@@ -456,21 +478,22 @@ void multiply_rows(const LinearSpec& spec, const uint8_t* tile, const RowView& x
 template <typename S>
 int64_t multiply_peak(int64_t rounds) {
   using Dot = typename S::template Dot<1, true>::Core;
-  constexpr int kTokens = S::kDotTokens, kVectors = S::kDotVectors;
-  alignas(64) const uint8_t bytes[64] = {};
-  Dot dots[kTokens][kVectors];
+  constexpr int kDots = S::kDotTokens / Dot::kTokens, kVectors = S::kDotVectors;
+  alignas(64) const uint8_t bytes[256] = {};
+  typename S::I zeros[Dot::kTokens];
+  for (auto& zero : zeros) zero = S::zero_i();
+  Dot dots[kDots][kVectors];
   for (auto& row : dots) {
-    for (Dot& dot : row) dot.begin(S::zero_i());
+    for (Dot& dot : row) dot.begin(zeros);
   }
+  const uint8_t* codes = bytes;  // of whatever values, as far as the compiler knows
+  asm volatile("" : "+r"(codes));
   typename Dot::Codes w[kVectors];
-  for (auto& v : w) {
-    v = Dot::load(bytes);
-    S::opaque(v);
-  }
-  auto x = Dot::broadcast(reinterpret_cast<const int8_t*>(bytes));
+  for (auto& v : w) v = Dot::load(codes);
+  auto x = Dot::broadcast(reinterpret_cast<const int8_t*>(codes));
   for (int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) {
+    for (int t = 0; t < kDots; ++t) {
       S::opaque(x);  // another factor, as far as the compiler knows
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) dots[t][v].add(w[v], x);
@@ -478,8 +501,8 @@ int64_t multiply_peak(int64_t rounds) {
   }
   auto total = S::zero_i();
   for (auto& row : dots) {
-    for (Dot& dot : row) total = S::add_i(total, dot.sum());
+    for (Dot& dot : row) total = S::add_i(total, dot.sum(0));
   }
   S::opaque(total);
-  return rounds * kTokens * kVectors * S::kFloats * 4;
+  return rounds * S::kDotTokens * kVectors * S::kFloats * kQuadWeights * Dot::kQuads;
 }

@@ -54,7 +54,10 @@ inline void unpack_chunk(const uint8_t* chunk, uint8_t* out) {
         second = S::xor_i(second, upper);
       }
     }
-    S::store_i(reinterpret_cast<int32_t*>(out + 4 * row), Dot::prepare(first));
-    S::store_i(reinterpret_cast<int32_t*>(out + 4 * (kTileRows + row)), Dot::prepare(second));
+    first = Dot::prepare(first);
+    second = Dot::prepare(second);
+    if constexpr (Dot::Core::kTokens == 2) Dot::Core::interleave(first, second);
+    S::store_i(reinterpret_cast<int32_t*>(out + 4 * row), first);
+    S::store_i(reinterpret_cast<int32_t*>(out + 4 * (kTileRows + row)), second);
   }
 }

@@ -33,19 +33,18 @@ inline bool cuts_regions(const LinearSpec& spec) {
          (spec.n_groups() > 1 && spec.group_chunks() % kRegionChunks != 0);
 }
 
-// One region of one block. Integers have 8 bits, |q| <= 127, or two parts, q = 255 * high + low
-// with |q| <= 32512 (Tables::kExact, the integers of layout/lut.h). With Tables::kInt8 the 4
-// integers with the largest activation, the loud quad, have two parts, |q| <= 8128: outliers would
-// cost the others of their region most of their bits.
+// One region of one block; the integers, int8 [parts][12][64], follow it. They have 8 bits, |q| <=
+// 127, or two parts, q = 255 * high + low with |q| <= 32512 (Tables::kExact, the integers of
+// layout/lut.h). With Tables::kInt8 the 4 integers with the largest activation, the loud quad, have
+// two parts, |q| <= 8128: outliers would cost the others of their region most of their bits.
 struct RowRegion {
-  // Followed by the integers, int8 [parts][12][64].
   alignas(64) float unit[kTokenLanes];  // of the sums of products; NaN if an x is not finite
   alignas(64) int32_t sum[kTokenLanes];
   alignas(64) uint32_t loud_at[kTokenLanes];  // where the loud quad's codes begin
   alignas(64) uint32_t loud[kTokenLanes];     // its high parts, 4 bytes
 };
 
-// Sums of the chunks of a region, for groups that end within it.
+// Sums of the chunks of a region, where groups of a reader end within regions.
 struct RowChunks {
   alignas(64) int32_t sum[kRegionChunks][kTokenLanes];
 };

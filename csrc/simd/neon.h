@@ -7,8 +7,8 @@
 
 #include "simd/scalar.h"
 
-// NEON of Armv8.0; with the dot-product instructions where the compiler is told so: 16 bytes,
-// 4 floats. The operations are described in simd/README.md.
+// NEON of Armv8.0; with the instructions for dot products and for matrix products where the
+// compiler is told so: 16 bytes, 4 floats. The operations are described in simd/README.md.
 namespace tmac {
 namespace {
 
@@ -293,13 +293,89 @@ struct Neon {
   static constexpr int kDotTokens = 2;
 #endif
   template <bool kCentred, bool kByte>
-  struct DotCore {
-    using Codes = int8x16_t;
+  struct CoreTraits {
     static constexpr int kTokenBytes = 64;
     static constexpr int kRun = 16;
     static constexpr bool kHasTotal = true;
     static constexpr bool kBiased = !kCentred && kByte;
     static constexpr bool kHalved = kCentred && kByte;
+    void fold() {}
+  };
+#ifdef __ARM_FEATURE_MATMUL_INT8
+  // Two tokens: each instruction multiplies 8 weights of two rows with them.
+  template <bool kCentred, bool kByte>
+  struct DotCore : CoreTraits<kCentred, kByte> {
+    static constexpr int kTokens = 2, kQuads = 2;
+    struct Codes {
+      int8x16_t low, high;  // rows 0 1 and 2 3 of 4
+    };
+    I low, high;  // rows 0 0 1 1 and 2 2 3 3, tokens 0 1 0 1
+
+    // 4 rows of two quads, one row after another: what load reads.
+    static void interleave(I& first, I& second) {
+      const I low = vzip1q_s32(first, second);
+      second = vzip2q_s32(first, second);
+      first = low;
+    }
+    static Codes load(const uint8_t* codes) {
+      return {Neon::load(codes), Neon::load(codes + kTileRows * kTableWeights)};
+    }
+    static int8x16_t broadcast(const int8_t* q) {
+      return vcombine_s8(vld1_s8(q), vld1_s8(q + CoreTraits<kCentred, kByte>::kTokenBytes));
+    }
+    static I multiply_loud(const uint8_t* codes, uint32_t at, const int8_t* q) {
+      constexpr uint32_t kQuadBytes = kTileRows * kTableWeights;
+      const uint32_t quad = at / kQuadBytes % 2;  // of the two
+      uint32_t four;
+      std::memcpy(&four, q, 4);
+      const int8x16_t eight =
+          vreinterpretq_s8_u64(vdupq_n_u64(static_cast<uint64_t>(four) << (32 * quad)));
+      const Codes w = load(codes + at - quad * kQuadBytes);
+      return shift_left<7>(
+          vpaddq_s32(vdotq_s32(zero_i(), w.low, eight), vdotq_s32(zero_i(), w.high, eight)));
+    }
+    void begin(const I (&base)[kTokens]) {
+      low = vzip1q_s32(base[0], base[1]);
+      high = vzip2q_s32(base[0], base[1]);
+    }
+    void add(const Codes& codes, int8x16_t q) {
+      low = vmmlaq_s32(low, codes.low, q);
+      high = vmmlaq_s32(high, codes.high, q);
+    }
+    I sum(int token) const { return token == 0 ? vuzp1q_s32(low, high) : vuzp2q_s32(low, high); }
+  };
+#elif defined(__ARM_FEATURE_DOTPROD)
+  // Two quads: instructions take the integers of one of them from a register that holds both.
+  template <bool kCentred, bool kByte>
+  struct DotCore : CoreTraits<kCentred, kByte> {
+    static constexpr int kTokens = 1, kQuads = 2;
+    struct Codes {
+      int8x16_t first, second;
+    };
+    I acc;
+
+    static Codes load(const uint8_t* codes) {
+      return {Neon::load(codes), Neon::load(codes + kTileRows * kTableWeights)};
+    }
+    static int8x8_t broadcast(const int8_t* q) { return vld1_s8(q); }
+    static I multiply_loud(const uint8_t* codes, uint32_t at, const int8_t* q) {
+      int32_t four;
+      std::memcpy(&four, q, 4);
+      return shift_left<7>(
+          vdotq_s32(zero_i(), Neon::load(codes + at), vreinterpretq_s8_s32(vdupq_n_s32(four))));
+    }
+    void begin(const I (&base)[kTokens]) { acc = base[0]; }
+    void add(const Codes& codes, int8x8_t q) {
+      acc = vdotq_lane_s32(vdotq_lane_s32(acc, codes.first, q, 0), codes.second, q, 1);
+    }
+    I sum(int) const { return acc; }
+  };
+#else
+  template <bool kCentred, bool kByte>
+  struct DotCore : CoreTraits<kCentred, kByte> {
+    static constexpr int kTokens = 1, kQuads = 1;
+    using Codes = int8x16_t;
+    I total, lo, hi;
 
     static Codes load(const uint8_t* codes) { return Neon::load(codes); }
     static int8x16_t broadcast(const int8_t* q) {
@@ -307,31 +383,23 @@ struct Neon {
       std::memcpy(&four, q, 4);
       return vreinterpretq_s8_s32(vdupq_n_s32(four));
     }
-    static I multiply_loud(const uint8_t* codes, const int8_t* q) {
+    static I multiply_loud(const uint8_t* codes, uint32_t at, const int8_t* q) {
       DotCore high;
-      high.begin(zero_i());
-      high.add(load(codes), broadcast(q));
-      return shift_left<7>(high.sum());
+      high.begin({zero_i()});
+      high.add(load(codes + at), broadcast(q));
+      return shift_left<7>(high.sum(0));
     }
-    void fold() {}
-#ifdef __ARM_FEATURE_DOTPROD
-    I acc;
-    void begin(I base) { acc = base; }
-    void add(Codes codes, int8x16_t q) { acc = vdotq_s32(acc, codes, q); }
-    I sum() const { return acc; }
-#else
-    I total, lo, hi;
-    void begin(I base) {
-      total = base;
+    void begin(const I (&base)[kTokens]) {
+      total = base[0];
       lo = hi = vdupq_n_s32(0);
     }
     void add(Codes codes, int8x16_t q) {
       lo = vpadalq_s16(lo, vmull_s8(vget_low_s8(codes), vget_low_s8(q)));
       hi = vpadalq_s16(hi, vmull_s8(vget_high_s8(codes), vget_high_s8(q)));
     }
-    I sum() const { return vaddq_s32(total, vpaddq_s32(lo, hi)); }
-#endif
+    I sum(int) const { return vaddq_s32(total, vpaddq_s32(lo, hi)); }
   };
+#endif
   // What is an int8: centred, 2 u - (2^b - 1) up to 7 bits, and else u. For 8 bits u - 128:
   // R = 2 * sum (u - 128) q + sum q, centred, or sum (u - 128) q + 128 * sum q.
   template <int kBits, bool kCentred>

@@ -350,6 +350,7 @@ struct Scalar {
   template <bool kCentred>
   struct DotCore {
     using Codes = B;
+    static constexpr int kTokens = 1, kQuads = 1;
     static constexpr int kTokenBytes = 64;
     static constexpr int kRun = 16;
     static constexpr bool kHasTotal = true;
@@ -363,12 +364,12 @@ struct Scalar {
       for (int i = 0; i < 16; ++i) b.v[i] = q[i % 4];
       return b;
     }
-    static I multiply_loud(const uint8_t* codes, const int8_t* q) {
+    static I multiply_loud(const uint8_t* codes, uint32_t at, const int8_t* q) {
       DotCore high{zero_i()};
-      high.add(load(codes), broadcast(q));
+      high.add(load(codes + at), broadcast(q));
       return shift_left<7>(high.acc);
     }
-    void begin(const I& base) { acc = base; }
+    void begin(const I (&base)[kTokens]) { acc = base[0]; }
     void add(const B& codes, const B& q) {
       for (int r = 0; r < 4; ++r) {
         int32_t sum = 0;
@@ -377,7 +378,7 @@ struct Scalar {
       }
     }
     void fold() {}
-    I sum() const { return acc; }
+    I sum(int) const { return acc; }
   };
   template <int kBits, bool kCentred>
   struct Dot {

@@ -21,6 +21,7 @@ template <typename V, bool kCentred, bool kHalves>
 struct FoursCore {
   using I = typename V::I;
   using Codes = I;
+  static constexpr int kTokens = 1, kQuads = 1;
   static constexpr int kTokenBytes = 64;
   static constexpr int kRun = 16;
   static constexpr bool kHasTotal = true;
@@ -30,13 +31,14 @@ struct FoursCore {
 
   static Codes load(const uint8_t* codes) { return V::load_i(codes); }
   static I broadcast(const int8_t* q) { return broadcast_four<V>(q); }
-  static I multiply_loud(const uint8_t* codes, const int8_t* q) {
-    return V::template shift_left<7>(V::multiply_fours(V::zero_i(), load(codes), broadcast(q)));
+  static I multiply_loud(const uint8_t* codes, uint32_t at, const int8_t* q) {
+    return V::template shift_left<7>(
+        V::multiply_fours(V::zero_i(), load(codes + at), broadcast(q)));
   }
-  void begin(I base) { acc = base; }
+  void begin(const I (&base)[kTokens]) { acc = base[0]; }
   void add(Codes codes, I q) { acc = V::multiply_fours(acc, codes, q); }
   void fold() {}
-  I sum() const { return acc; }
+  I sum(int) const { return acc; }
 };
 
 // Centred, 2 u is a byte up to 7 bits. For 8 bits R = 2 * sum (u - 128) q + sum q.
@@ -66,6 +68,7 @@ template <typename V, int kRuns, bool kCentred>
 struct PairsCore {
   using I = typename V::I;
   using Codes = I;
+  static constexpr int kTokens = 1, kQuads = 1;
   static constexpr int kTokenBytes = 64;
   static constexpr int kRun = kRuns;
   static constexpr bool kHasTotal = kRun < 16;
@@ -75,11 +78,11 @@ struct PairsCore {
 
   static Codes load(const uint8_t* codes) { return V::load_i(codes); }
   static I broadcast(const int8_t* q) { return broadcast_four<V>(q); }
-  static I multiply_loud(const uint8_t* codes, const int8_t* q) {
-    return multiply_loud_pairs<V>(codes, q);
+  static I multiply_loud(const uint8_t* codes, uint32_t at, const int8_t* q) {
+    return multiply_loud_pairs<V>(codes + at, q);
   }
-  void begin(I base) {
-    total = base;
+  void begin(const I (&base)[kTokens]) {
+    total = base[0];
     pairs = V::zero_i();
   }
   void add(Codes codes, I q) {
@@ -95,7 +98,7 @@ struct PairsCore {
       pairs = V::zero_i();
     }
   }
-  I sum() const { return kHasTotal ? total : widened(pairs); }
+  I sum(int) const { return kHasTotal ? total : widened(pairs); }
 
  private:
   static I widened(I pairs) { return V::multiply_words(pairs, V::set_words(kCentred ? 2 : 1)); }
@@ -109,6 +112,7 @@ struct WordsCore {
   struct Codes {
     I even, odd;
   };
+  static constexpr int kTokens = 1, kQuads = 1;
   static constexpr int kTokenBytes = 128;
   static constexpr int kRun = 16;
   static constexpr bool kHasTotal = true;
@@ -127,8 +131,8 @@ struct WordsCore {
   static Codes broadcast(const int8_t* q) {
     return {broadcast_four<V>(q), broadcast_four<V>(q + kTokenBytes / 2)};
   }
-  static I multiply_loud(const uint8_t* codes, const int8_t* q) {
-    return multiply_loud_pairs<V>(codes, q);
+  static I multiply_loud(const uint8_t* codes, uint32_t at, const int8_t* q) {
+    return multiply_loud_pairs<V>(codes + at, q);
   }
   // q [64] -> [2][64], as broadcast takes them.
   static void widen(const int8_t* q, int8_t* out) {
@@ -139,13 +143,13 @@ struct WordsCore {
       V::store(at + kTokenBytes / 2, odd_bytes(bytes));
     }
   }
-  void begin(I base) { total = base; }
+  void begin(const I (&base)[kTokens]) { total = base[0]; }
   void add(const Codes& codes, const Codes& q) {
     total = V::add_i(total, V::multiply_words(codes.even, q.even));
     total = V::add_i(total, V::multiply_words(codes.odd, q.odd));
   }
   void fold() {}
-  I sum() const { return total; }
+  I sum(int) const { return total; }
 
  private:
   static I even_bytes(I bytes) {
