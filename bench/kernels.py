@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -93,6 +94,7 @@ class Benchmark:
                 tables=self._args.tables,
                 pools=self._pools,
                 nbytes=self._bytes,
+                huge_pages=self._args.huge_pages,
                 settings=self._settings,
             )
 
@@ -110,7 +112,7 @@ class Benchmark:
         matrix, encoding, source = cases[0].matrix, cases[0].encoding, cases[0].source
         nbytes = self._bytes if source == "memory" else 0
         packed = packed_matrix(encoding, matrix.m, matrix.k, group_size=self._args.group_size)
-        copies = Copies(packed, nbytes=nbytes)
+        copies = Copies(packed, nbytes=nbytes, huge_pages=self._args.huge_pages)
         kernels = [
             Kernel(copies, self._pools, isa=isa, tables=tables)
             for isa, tables in product(self._args.isa, self._args.tables)
@@ -209,6 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             peer.close()
     facts["peers"] = {peer.name: peer.facts for peer in peers}
     facts["notes"] = [note for peer in peers for note in dict.fromkeys(peer.notes)]
+    if args.huge_pages:
+        facts["notes"].append("our weights are in pages of 2 MB, as far as the system grants them")
     facts["other_load_cpus"] = load.cpus()
     results = benchmark.results
     sums = totals(results.rows)
@@ -259,6 +263,10 @@ def _parser() -> argparse.ArgumentParser:
         default="cache,memory",
         help="where the weights are (default %(default)s)",
     )
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        add("--huge-pages", action="store_true", help="for our weights (default: ordinary pages)")
+    else:
+        parser.set_defaults(huge_pages=False)
     add(
         "--peer",
         type=_peer,

@@ -70,14 +70,20 @@ def packed_matrix(encoding: str, m: int, k: int, *, group_size: int) -> PackedMa
 
 
 class Copies:
-    """Copies of one matrix that together have at least ``nbytes``, in one buffer."""
+    """Copies of one matrix that together have at least ``nbytes``, in one buffer.
 
-    def __init__(self, matrix: PackedMatrix, *, nbytes: int) -> None:
+    Its pages are of ordinary size, as those of a mapped .lut file, or ``huge_pages`` (2 MB) if the
+    system grants them.
+    """
+
+    def __init__(self, matrix: PackedMatrix, *, nbytes: int, huge_pages: bool = False) -> None:
         self.nbytes = matrix.data.nbytes
         stride = -(-self.nbytes // _ALIGNMENT) * _ALIGNMENT
         count = max(1, -(-nbytes // stride))
-        # Pages of ordinary size, aligned like the packed matrices of a mapped .lut file.
-        buffer = np.frombuffer(mmap.mmap(-1, count * stride), dtype=np.uint8)
+        memory = mmap.mmap(-1, count * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if huge_pages:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        buffer = np.frombuffer(memory, dtype=np.uint8)
         self._linears = []
         for start in range(0, count * stride, stride):
             copy = buffer[start : start + self.nbytes]

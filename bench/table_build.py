@@ -41,11 +41,16 @@ def table_build(
     tables: Sequence[Tables],
     pools: dict[int, _core.ThreadPool],
     nbytes: int,
+    huge_pages: bool,
     settings: Settings,
 ) -> list[TableBuild]:
     """Of each instruction set, kind of tables and number of threads."""
     tile = Copies(packed_matrix(encoding, TILE_ROWS, SIZE, group_size=group_size), nbytes=0)
-    whole = Copies(packed_matrix(encoding, SIZE, SIZE, group_size=group_size), nbytes=nbytes)
+    whole = Copies(
+        packed_matrix(encoding, SIZE, SIZE, group_size=group_size),
+        nbytes=nbytes,
+        huge_pages=huge_pages,
+    )
     found = []
     for threads in pools:
         for isa in isas:

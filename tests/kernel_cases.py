@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reference import (
-    CUTS,
     EXACT_MAX,
     INT8_MAX,
     ROWS8,
@@ -20,6 +19,7 @@ from reference import (
     Product,
     arithmetic,
     chunked,
+    cut_of,
     largest_multipliers,
     product,
     table_limits,
@@ -140,8 +140,8 @@ def integer_activations(
     (the only one if there are no others). The others are at most `quiet`.
     """
     x = np.append(rng.integers(-quiet // step, quiet // step, q.k, endpoint=True) * step, 0.0)
-    cut = CUTS[q.encoding]
-    for region in chunked(q)[0]:
+    cut = cut_of(q, kind)
+    for region in chunked(q, kind)[0]:
         real = region[region < q.k]
         if len(real) == 0:
             continue
@@ -316,9 +316,10 @@ def extreme_cases(tables: str, bits: int) -> list[LinearCase]:
             q = integer_matrix(rng, 33, k, bits, group_size, kind)
             q = replace(q, codes=extreme_codes(bits, k))
             # All tables of a region alike have the least multiplier of int8 tables.
-            cut = CUTS[q.encoding]
+            arithmetic_kind = arithmetic(q, tables, 8 * times)
+            cut = cut_of(q, arithmetic_kind)
             loudest = {"int8": INT8_MAX * (cut.limit_sum // cut.tables), "exact": 32512}.get(
-                arithmetic(q, tables, 8 * times), 127
+                arithmetic_kind, 127
             )
             x = extreme_activations(k, loudest, cut.table)
             name = f"extreme {kind} k={k} group_size={group_size} times={times}"
@@ -345,9 +346,15 @@ def non_finite_cases(tables: str, bits: int) -> Iterator[LinearCase]:
 def invariance_cases(tables: str, bits: int) -> list[LinearCase]:
     """Ordinary floats in enough tiles and tokens to be dealt out to threads in many ways."""
     rng = np.random.default_rng(abs(bits))
-    q = rounded_matrix(rng.normal(size=(300, 296)).astype(np.float32), bits, 48, asym=True)
+    w = rng.normal(size=(300, 296)).astype(np.float32)
     x = random_activations(rng, "gaussian", 37, 296)
-    return [LinearCase(f"invariance n={n}", q, x[:n], tables) for n in (13, 37)]
+    # Ternary weights take integers only where no group begins within a region.
+    return [
+        LinearCase(f"invariance n={n} group_size={group_size}", q, x[:n], tables)
+        for group_size in ((48, 296) if bits == TERNARY else (48,))
+        for q in [rounded_matrix(w, bits, group_size, asym=True)]
+        for n in (13, 37)
+    ]
 
 
 def pieces(case: LinearCase) -> list[LinearCase]:

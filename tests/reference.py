@@ -54,6 +54,9 @@ EXACT_MULTIPLIER = 4
 TABLE_TOKENS = 16
 """The most tokens that are multiplied by table lookup."""
 
+ROW_REGION = 64
+"""Weights that share a unit in products of more."""
+
 ROWS8 = "rows8"
 """The arithmetic of `int8` for more tokens: activations rounded to 8 bits per region, but the 4
 with the largest among them to 14 bits: next to it the others would lose most of theirs."""
@@ -83,10 +86,17 @@ SIGNS = np.array([[1 if e >> i & 1 else -1 for i in range(4)] for e in range(16)
 """Entry e of a table is the sum of +x[i] where bit i of e is set and -x[i] elsewhere."""
 
 
+def serves_rows(q: QuantTensor) -> bool:
+    """Products of q with many tokens multiply integers of 8 bits: those of planes with scales of
+    their own look up tables, and those of ternary groups that do not begin with a region."""
+    return q.encoding == "uniform" or (
+        q.encoding == "ternary" and (q.n_groups == 1 or q.group_size % ROW_REGION == 0)
+    )
+
+
 def arithmetic(q: QuantTensor, tables: str, n_tokens: int) -> str:
-    """The arithmetic of the named tables in a product of q and that many tokens, a key of STEPS.
-    Weights whose codes are not uniform are looked up, however many tokens there are."""
-    many = n_tokens > TABLE_TOKENS and q.encoding == "uniform"
+    """The arithmetic of the named tables in a product of q and that many tokens, a key of STEPS."""
+    many = n_tokens > TABLE_TOKENS and serves_rows(q)
     return ROWS8 if tables == "int8" and many else tables
 
 
@@ -124,10 +134,15 @@ class Product:
         return self.undecided + gamma * (self.magnitude + self.undecided) + self.roundings * 2**-133
 
 
-def chunked(q: QuantTensor) -> tuple[NDArray[np.int64], list[int]]:
+def cut_of(q: QuantTensor, kind: str) -> Cut:
+    """How arithmetic of that kind cuts a row into regions. ROWS8 knows no ternary tables."""
+    return PLANES if kind == ROWS8 else CUTS[q.encoding]
+
+
+def chunked(q: QuantTensor, kind: str) -> tuple[NDArray[np.int64], list[int]]:
     """Where the weights of a row go: positions [n_regions, chunks, weights] along k (k itself:
     padding), and the first chunk of each group. A group starts a new chunk."""
-    cut = CUTS[q.encoding]
+    cut = cut_of(q, kind)
     chunks: list[NDArray[np.int64]] = []
     first_of_group = []
     for begin in range(0, q.k, q.group_size):
@@ -196,8 +211,8 @@ def product(q: QuantTensor, x: NDArray[np.float32], kind: str) -> Product:
 
     What the core does in float32 is done in float64 here. docs/kernels.md describes the algorithm.
     """
-    cut, ternary = CUTS[q.encoding], q.encoding == "ternary"
-    positions, first_of_group = chunked(q)
+    cut, ternary = cut_of(q, kind), q.encoding == "ternary"
+    positions, first_of_group = chunked(q, kind)
     n_regions = len(positions)
     shape = (n_regions, cut.tables, cut.table)
     codes = np.pad(q.codes, ((0, 0), (0, 1)), constant_values=ternary)[:, positions]
@@ -299,7 +314,7 @@ def parts_of(q: QuantTensor, codes: NDArray[np.uint8], *, centred: bool) -> list
     bit. Products that are not `centred` take codes as they are."""
     scales = np.full((q.m, 1), q.scale) if q.scales is None else q.scales.astype(np.float64)
     if q.encoding == "ternary":
-        return [Part(codes, 1.0, scales, look_up_trits)]
+        return [Part(codes, 1.0 if centred else 0.0, scales, look_up_trits)]
     if q.encoding == "uniform":
         half = (2**q.bits - 1) / 2 if centred else 0.0
         return [Part(codes, half, scales, partial(look_up_planes, bits=q.bits))]

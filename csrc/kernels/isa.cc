@@ -25,6 +25,7 @@ namespace {
 #include "kernels/multiply_tile_ternary.inl"
 #include "kernels/quantize_rows.inl"
 #include "kernels/unpack_tile.inl"
+#include "kernels/unpack_ternary.inl"
 #include "kernels/multiply_rows.inl"
 #include "kernels/vector_ops.inl"
 // clang-format on
@@ -45,10 +46,11 @@ using Isa = TMAC_ISA_TYPE;
   {multiply_bcq_tile<Isa, 1, parts>, multiply_bcq_tile<Isa, 2, parts>, \
    multiply_bcq_tile<Isa, 3, parts>, multiply_bcq_tile<Isa, 4, parts>}
 
-#define TMAC_ROWS(kind)                                                                   \
-  {multiply_rows<Isa, 1, kind>, multiply_rows<Isa, 2, kind>, multiply_rows<Isa, 3, kind>, \
-   multiply_rows<Isa, 4, kind>, multiply_rows<Isa, 5, kind>, multiply_rows<Isa, 6, kind>, \
-   multiply_rows<Isa, 7, kind>, multiply_rows<Isa, 8, kind>}
+#define TMAC_ROWS(kind)                                                              \
+  {multiply_rows<Isa, PlaneCodes<1>, kind>, multiply_rows<Isa, PlaneCodes<2>, kind>, \
+   multiply_rows<Isa, PlaneCodes<3>, kind>, multiply_rows<Isa, PlaneCodes<4>, kind>, \
+   multiply_rows<Isa, PlaneCodes<5>, kind>, multiply_rows<Isa, PlaneCodes<6>, kind>, \
+   multiply_rows<Isa, PlaneCodes<7>, kind>, multiply_rows<Isa, PlaneCodes<8>, kind>}
 
 }  // namespace
 
@@ -63,6 +65,8 @@ const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME) = {
     {multiply_ternary_tile<Isa::Ternary, 1>, multiply_ternary_tile<Isa::Ternary, 2>},
     quantize_row<Isa>,
     {TMAC_ROWS(Tables::kInt8), TMAC_ROWS(Tables::kExact), TMAC_ROWS(Tables::kExact8)},
+    {multiply_rows<Isa, TernaryCodes, Tables::kInt8>, nullptr,
+     multiply_rows<Isa, TernaryCodes, Tables::kExact8>},
     multiply_peak<Isa>,
     rms_norm<Isa>,
     silu_multiply<Isa>,

@@ -41,6 +41,8 @@ struct Kernels {
   using MultiplyRows = void (*)(const LinearSpec& spec, const uint8_t* tile, const RowView& x,
                                 const RowSums& sums, int rows, float* y, int64_t stride);
   MultiplyRows multiply_rows[kTableKinds][kMaxBits];
+  // The same for ternary weights, by kind of integers that serve them (layout/rows.h).
+  MultiplyRows multiply_ternary_rows[kTableKinds];
   // Multiplies and adds in registers, `rounds` times over; returns the number of multiply-adds.
   int64_t (*multiply_peak)(int64_t rounds);
 

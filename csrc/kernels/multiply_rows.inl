@@ -11,7 +11,6 @@
 // cache.
 constexpr int kSlabRegions = 4;
 constexpr int kSlabChunks = kSlabRegions * kRegionChunks;
-constexpr int kChunkCodes = kTileRows * kChunkWeights;
 
 // The weights that one group has in one region.
 struct Segment {
@@ -332,40 +331,99 @@ void prepare_tokens(const Segment* segments, int n_segments, const RowView& x, i
   }
 }
 
-// Cuts the slab that begins at chunk `chunk` of group `group`, and at `tile` of the packed stream,
-// into segments, and unpacks it into `codes`. All of these move on to the next slab.
+// Where in a tile a slab begins: in the packed stream, at a chunk (of 8 weights) of a group.
 struct SlabCursor {
   const uint8_t* tile;
   int64_t chunk, group, group_begin, group_end;
 };
 
-template <typename S, typename Dot, int kBits>
-int unpack_slab(const LinearSpec& spec, SlabCursor& at, uint8_t* codes, Segment* segments) {
-  const int64_t n_chunks = spec.n_chunks();
-  const int64_t slab_end = at.chunk + kSlabChunks < n_chunks ? at.chunk + kSlabChunks : n_chunks;
-  int n_segments = 0;
-  while (at.chunk < slab_end) {
-    Segment& segment = segments[n_segments++];
-    const int64_t region = at.chunk / kRegionChunks;
-    const int64_t region_end = (region + 1) * kRegionChunks;
-    const int64_t end = region_end < at.group_end ? region_end : at.group_end;
-    segment.codes = codes;
-    segment.region = region;
-    segment.first_chunk = static_cast<int>(at.chunk % kRegionChunks);
-    segment.chunks = static_cast<int>(end - at.chunk);
-    segment.begins_group = at.chunk == at.group_begin;
-    segment.scales = nullptr;
-    for (; at.chunk < end; ++at.chunk, at.tile += kTileRows * kBits, codes += kChunkCodes) {
+// Codes as bit planes.
+template <int kPlanes>
+struct PlaneCodes {
+  static constexpr int kBits = kPlanes;
+  static int64_t group_chunks(const LinearSpec& spec, int64_t g) { return spec.chunks_in(g); }
+  static int64_t slab_end(const SlabCursor& at) { return at.chunk + kSlabChunks; }
+  // True if all groups end with a slab.
+  static bool ends_groups(const LinearSpec& spec) { return kSlabChunks % spec.group_chunks() == 0; }
+
+  // Unpacks chunks of one group; `at` moves on in the packed stream.
+  template <typename S, typename Dot>
+  static void unpack(const LinearSpec&, SlabCursor& at, int64_t end, uint8_t* codes) {
+    for (int64_t c = at.chunk; c < end; ++c, at.tile += kTileRows * kBits, codes += kChunkCodes) {
       for (int64_t line = 0; line < kTileRows * kBits; line += 64) {
         S::prefetch(at.tile + kPrefetchBytes + line);
       }
       unpack_chunk<S, Dot, kBits>(at.tile, codes);
     }
-    if (at.chunk < at.group_end) continue;
-    segment.scales = reinterpret_cast<const uint16_t*>(at.tile);
+  }
+};
+
+// Ternary codes, as of 2 bits. A slab is as many weights of one group as whole ternary chunks and
+// whole regions have in common.
+struct TernaryCodes {
+  static constexpr int kBits = 2;
+  static constexpr int kChunks = kTernaryChunkWeights / kChunkWeights;
+  static int64_t group_chunks(const LinearSpec& spec, int64_t g) {
+    return ceil_div(spec.weights_in(g), kChunkWeights);
+  }
+  static int64_t slab_end(const SlabCursor& at) {
+    constexpr int64_t kEnd = kChunks * kRegionChunks;
+    static_assert(kEnd <= kSlabChunks && kEnd % kChunks == 0 && kEnd % kRegionChunks == 0);
+    return at.chunk + kEnd < at.group_end ? at.chunk + kEnd : at.group_end;
+  }
+  static bool ends_groups(const LinearSpec&) { return false; }
+
+  template <typename S, typename Dot>
+  static void unpack(const LinearSpec& spec, SlabCursor& at, int64_t end, uint8_t* codes) {
+    int64_t rest = spec.weights_in(at.group) - (at.chunk - at.group_begin) * kChunkWeights;
+    for (int64_t c = at.chunk; c < end; c += kChunks, codes += kChunks * kChunkCodes) {
+      const int64_t weights = rest < kTernaryChunkWeights ? rest : kTernaryChunkWeights;
+      unpack_ternary_chunk<S, Dot>(at.tile, codes);
+      at.tile += spec.chunk_bytes(weights);
+      rest -= weights;
+    }
+  }
+};
+
+struct OnesInHalf {
+  uint16_t values[kTileRows];
+  constexpr OnesInHalf() : values() {
+    for (uint16_t& value : values) value = 0x3c00;
+  }
+};
+constexpr OnesInHalf kOnesInHalf;
+
+// Cuts the slab that begins at `at` into segments, and unpacks it into `codes`. All of these move
+// on to the next slab.
+template <typename S, typename Dot, typename Code>
+int unpack_slab(const LinearSpec& spec, int64_t n_chunks, SlabCursor& at, uint8_t* codes,
+                Segment* segments) {
+  const int64_t full_end = Code::slab_end(at);
+  const int64_t slab_end = full_end < n_chunks ? full_end : n_chunks;
+  int n_segments = 0;
+  while (at.chunk < slab_end) {
+    const int64_t run_end = slab_end < at.group_end ? slab_end : at.group_end;
+    Code::template unpack<S, Dot>(spec, at, run_end, codes);
+    while (at.chunk < run_end) {
+      const int64_t region = at.chunk / kRegionChunks;
+      const int64_t region_end = (region + 1) * kRegionChunks;
+      const int64_t end = region_end < run_end ? region_end : run_end;
+      segments[n_segments++] = {codes,
+                                region,
+                                static_cast<int>(at.chunk % kRegionChunks),
+                                static_cast<int>(end - at.chunk),
+                                at.chunk == at.group_begin,
+                                nullptr};
+      codes += (end - at.chunk) * kChunkCodes;
+      at.chunk = end;
+    }
+    if (run_end < at.group_end) break;
+    const bool stored = spec.scale_kind == ScaleKind::kStored;
+    segments[n_segments - 1].scales =
+        stored ? reinterpret_cast<const uint16_t*>(at.tile) : kOnesInHalf.values;
     at.tile += spec.scale_bytes();
     at.group_begin = at.chunk;
-    if (++at.group < spec.n_groups()) at.group_end += spec.chunks_in(at.group);
+    if (++at.group < spec.n_groups()) at.group_end += Code::group_chunks(spec, at.group);
   }
   return n_segments;
 }
@@ -384,10 +442,10 @@ inline void fetch(const void* at, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) S::prefetch_near(static_cast<const uint8_t*>(at) + i);
 }
 
-// y[t, 0..rows) of one tile for the tokens of a block, from their products [12][32].
+// y[t, 0..rows) of one tile for the tokens of a block, from their products [12][32] times `scale`.
 template <typename S>
-void write_rows(const RowView& x, int64_t block, const float* product, int rows, float* y,
-                int64_t stride) {
+void write_rows(const RowView& x, int64_t block, const float* product, float scale, int rows,
+                float* y, int64_t stride) {
   const int64_t first = x.blocks.first_token(block);
   const int64_t end = x.blocks.first_token(block + 1);
   for (int64_t t = first; t < end && t < x.blocks.n_tokens; ++t, product += kTileRows) {
@@ -395,7 +453,8 @@ void write_rows(const RowView& x, int64_t block, const float* product, int rows,
     float partial[kTileRows];
     float* out = rows == kTileRows ? y + t * stride : partial;
     for (int r = 0; r < kTileRows; r += S::kFloats) {
-      S::store_f(out + r, S::mul(S::load_f(product + r), unit));
+      const auto scaled = S::fma(S::set(scale), S::load_f(product + r), S::set(0));
+      S::store_f(out + r, S::mul(scaled, unit));
     }
     for (int r = 0; rows < kTileRows && r < rows; ++r) y[t * stride + r] = partial[r];
   }
@@ -403,10 +462,11 @@ void write_rows(const RowView& x, int64_t block, const float* product, int rows,
 
 // y[t, 0..rows) of one or two tiles for all tokens; rows of y are `stride` apart.
 // `tile` is the packed stream.
-template <typename S, int kBits, Tables kTables>
+template <typename S, typename Code, Tables kTables>
 void multiply_rows(const LinearSpec& spec, const uint8_t* tile, const RowView& x,
                    const RowSums& sums, int rows, float* y, int64_t stride) {
   constexpr bool kCentred = kTables != Tables::kInt8;
+  constexpr int kBits = Code::kBits;
   using Dot = typename S::template Dot<kBits, kCentred>;
   using Core = typename Dot::Core;
   static constexpr decltype(lanes_kernel<S, Core, kTables, 2>()) kByPairs[] = {
@@ -419,28 +479,32 @@ void multiply_rows(const LinearSpec& spec, const uint8_t* tile, const RowView& x
   constexpr int64_t kRegionBytes = RowView::region_bytes(row_parts(kTables));
   const float centre = spec.offset_kind == OffsetKind::kNone ? kCentre - spec.zero : kCentre;
   const int n_tiles = rows > kTileRows ? 2 : 1;
-  const int64_t n_blocks = x.blocks.n_blocks(), n_chunks = spec.n_chunks();
+  const int64_t n_blocks = x.blocks.n_blocks();
+  int64_t n_chunks = 0;
+  for (int64_t g = 0; g < spec.n_groups(); ++g) n_chunks += Code::group_chunks(spec, g);
+  const float scale = spec.scale_kind == ScaleKind::kMatrix ? spec.scale : 1;
 
   alignas(64) uint8_t codes[kTilesAtOnce][kSlabChunks * kChunkCodes];
   Segment segments[kTilesAtOnce][kSlabChunks];
   SegmentTokens tokens[kSlabChunks];
   SlabCursor at[kTilesAtOnce];
   for (int i = 0; i < n_tiles; ++i) {
-    at[i] = {tile + i * spec.tile_bytes(), 0, 0, 0, spec.chunks_in(0)};
+    at[i] = {tile + i * spec.tile_bytes(), 0, 0, 0, Code::group_chunks(spec, 0)};
   }
   // Sums of groups that end with their slab need not be kept for each block.
-  const bool ends_groups = kSlabChunks % spec.group_chunks() == 0;
+  const bool ends_groups = Code::ends_groups(spec);
   const int64_t n_slabs = ceil_div(n_chunks, kSlabChunks);
-  for (int64_t region = 0; at[0].chunk < n_chunks; region += kSlabRegions) {
+  while (at[0].chunk < n_chunks) {
+    const int64_t region = at[0].chunk / kRegionChunks;
     int n_segments = 0;
     for (int i = 0; i < n_tiles; ++i) {
-      n_segments = unpack_slab<S, Dot, kBits>(spec, at[i], codes[i], segments[i]);
+      n_segments = unpack_slab<S, Dot, Code>(spec, n_chunks, at[i], codes[i], segments[i]);
     }
     const bool ends = at[0].chunk >= n_chunks;
     for (int64_t block = 0; block < n_blocks; ++block) {
       const bool turns = block + 1 == n_blocks;
       const int64_t next = turns ? 0 : block + 1;
-      const int64_t next_region = turns ? region + kSlabRegions : region;
+      const int64_t next_region = turns ? at[0].chunk / kRegionChunks : region;
       const auto* numbers = reinterpret_cast<const uint8_t*>(&x.region(next, next_region));
       prepare_tokens<S, Dot, kCentred>(segments[0], n_segments, x, block, centre,
                                        sums.x_sum + block * kTokenLanes, tokens);
@@ -465,8 +529,8 @@ void multiply_rows(const LinearSpec& spec, const uint8_t* tile, const RowView& x
         }
         if (ends) {
           const int rest = rows - i * kTileRows;
-          write_rows<S>(x, block, product, rest < kTileRows ? rest : kTileRows, y + i * kTileRows,
-                        stride);
+          write_rows<S>(x, block, product, scale, rest < kTileRows ? rest : kTileRows,
+                        y + i * kTileRows, stride);
         }
       }
     }

@@ -24,6 +24,18 @@ inline typename S::I load_rest(const uint8_t* chunk, int row) {
   }
 }
 
+constexpr int kChunkCodes = kTileRows * kChunkWeights;
+
+// 8 codes of kFloats rows, to where the first 4 of the first row go.
+template <typename S, typename Dot>
+inline void store_chunk(typename S::I first, typename S::I second, uint8_t* out) {
+  first = Dot::prepare(first);
+  second = Dot::prepare(second);
+  if constexpr (Dot::Core::kTokens == 2) Dot::Core::interleave(first, second);
+  S::store_i(reinterpret_cast<int32_t*>(out), first);
+  S::store_i(reinterpret_cast<int32_t*>(out + kChunkCodes / 2), second);
+}
+
 // One chunk [32 * kBits] -> out [2][32][4]: weights 0-3 of each row, then weights 4-7, as
 // Dot takes them.
 template <typename S, typename Dot, int kBits>
@@ -54,10 +66,6 @@ inline void unpack_chunk(const uint8_t* chunk, uint8_t* out) {
         second = S::xor_i(second, upper);
       }
     }
-    first = Dot::prepare(first);
-    second = Dot::prepare(second);
-    if constexpr (Dot::Core::kTokens == 2) Dot::Core::interleave(first, second);
-    S::store_i(reinterpret_cast<int32_t*>(out + 4 * row), first);
-    S::store_i(reinterpret_cast<int32_t*>(out + 4 * (kTileRows + row)), second);
+    store_chunk<S, Dot>(first, second, out + 4 * row);
   }
 }

@@ -46,7 +46,8 @@ void multiply_tiles(const Team& team, const Linear& w, Inputs& inputs, int64_t f
   }
   const RowView view = inputs.rows().view(n_tokens, first_region);
   const auto kind = static_cast<size_t>(inputs.tables());
-  const auto multiply = kernels().multiply_rows[kind][w.spec.bits - 1];
+  const auto multiply = w.spec.ternary() ? kernels().multiply_ternary_rows[kind]
+                                         : kernels().multiply_rows[kind][w.spec.bits - 1];
   const RowSums sums = inputs.rows().sums(team.thread());
   const int64_t row_end = std::min(tile_end * kTileRows, w.spec.m);
   for (int64_t tile = tile_begin; tile < tile_end; tile += kTilesAtOnce) {
