@@ -52,9 +52,20 @@ struct PlaneSums {
   }
 };
 
-// Distance, in bytes of the packed stream, at which cache lines are asked for: two pages ahead, so
-// that the page is looked up in time too.
+// Distances, in bytes of the packed stream, at which cache lines are asked for: two pages ahead
+// into the second-level cache, so that the page is looked up in time too, and from there into the
+// first.
 constexpr int64_t kPrefetchBytes = 8192;
+constexpr int64_t kPrefetchNearBytes = 1024;
+
+// Asks for what follows the `bytes` bytes at `at`, which are about to be read.
+template <typename S>
+inline void prefetch_codes(const uint8_t* at, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) {
+    S::prefetch(at + line + kPrefetchBytes);
+    S::prefetch_near(at + line + kPrefetchNearBytes);
+  }
+}
 
 // As many tokens as have their accumulators, so many for each, in registers.
 template <typename S, int kAccumulators>
@@ -176,17 +187,15 @@ struct SegmentSums {
   }
 
   // rows [kTokens, kVectors] of the chunks [chunk, end) of one region, which are whole halves of
-  // it. Of the bytes that follow each other from `ahead` on, as many are prefetched as are read.
-  inline void add_halves(const uint8_t* at, const uint8_t* ahead, int64_t chunk, int64_t end,
+  // it. As many bytes as are read count as read from `stream` on.
+  inline void add_halves(const uint8_t* at, const uint8_t* stream, int64_t chunk, int64_t end,
                          I (&rows)[kTokens][kVectors]) const {
     Sums sums[kTokens][kParts];
     for (int64_t half = chunk / kHalfChunks; half < end / kHalfChunks; ++half) {
-      for (int64_t line = 0; line < kHalfChunks * kTileRows * kBits; line += 64) {
-        S::prefetch(ahead + line);
-      }
+      prefetch_codes<S>(stream, kHalfChunks * kTileRows * kBits);
       add_chunks<kHalfChunks>(sums, at, half, 0);
       at += kHalfChunks * kChunkBytes;
-      ahead += kHalfChunks * kChunkBytes;
+      stream += kHalfChunks * kChunkBytes;
     }
     repeat<kTokens * kVectors>(
         [&](auto i) { rows[i / kVectors][i % kVectors] = row(sums[i / kVectors], i % kVectors); });
@@ -213,10 +222,10 @@ struct SegmentSums {
   }
 
   // rows of the chunks [chunk, end) of one region.
-  inline void add(const uint8_t* at, const uint8_t* ahead, int64_t chunk, int64_t end,
+  inline void add(const uint8_t* at, const uint8_t* stream, int64_t chunk, int64_t end,
                   I (&rows)[kTokens][kVectors]) const {
     if (chunk % kHalfChunks == 0 && end % kHalfChunks == 0) [[likely]] {
-      add_halves(at, ahead, chunk, end, rows);
+      add_halves(at, stream, chunk, end, rows);
       return;
     }
     using OneToken = SegmentSums<S, kBits, kParts, 1, kChunkBytes>;
@@ -265,7 +274,7 @@ struct TileProduct {
     float x_sum[kTokens] = {};
     const auto segment = [&](const uint8_t* at, int64_t region, int64_t chunk, int64_t end) {
       I rows[kTokens][kVectors];
-      sums.add(at, at + kPrefetchBytes, chunk, end, rows);
+      sums.add(at, at, chunk, end, rows);
       sums.add_activations(region, chunk, end, x_sum);
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) {

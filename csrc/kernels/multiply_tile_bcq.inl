@@ -31,8 +31,7 @@ struct BcqProduct {
     const auto segment = [&](const uint8_t* at, int64_t region, int64_t chunk, int64_t end) {
       repeat<kBits>([&](auto p) {
         I rows[kTokens][kVectors];
-        sums.add(at + p * kTileRows, at + p * (kHalfChunks * kTileRows) + kPrefetchBytes, chunk,
-                 end, rows);
+        sums.add(at + p * kTileRows, at + p * (kHalfChunks * kTileRows), chunk, end, rows);
 #pragma GCC unroll 4
         for (int t = 0; t < kTokens; ++t) {
           const F unit = S::set(2 * luts[t].half_unit[region]);

@@ -68,9 +68,7 @@ struct TernaryProduct {
         const int64_t end = region_end < group_end ? region_end : group_end;
         Trits sums[kTokens][kParts];
         const auto add_chunks = [&](auto count) {
-          for (int line = 0; line < count * kChunkBytes; line += 64) {
-            S::prefetch(at + line + kPrefetchBytes);
-          }
+          prefetch_codes<S>(at, count * kChunkBytes);
           repeat<count>([&](auto i) {
             add_chunk(sums, at + i * kChunkBytes, place, chunk + i - region_begin);
           });
