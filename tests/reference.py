@@ -96,7 +96,8 @@ def serves_rows(q: QuantTensor) -> bool:
 
 def arithmetic(q: QuantTensor, tables: str, n_tokens: int) -> str:
     """The arithmetic of the named tables in a product of q and that many tokens, a key of STEPS."""
-    many = n_tokens > TABLE_TOKENS and serves_rows(q)
+    one_plane = q.encoding == "uniform" and q.bits == 1  # tables are faster
+    many = n_tokens > TABLE_TOKENS and serves_rows(q) and not one_plane
     return ROWS8 if tables == "int8" and many else tables
 
 

@@ -107,9 +107,9 @@ class InputPlan {
   int64_t most_regions() const {
     return tables_.size() > rows_.size() ? tables_.size() : rows_.size();
   }
-  // Tokens that all readers can take in together: products of some have to look up tables.
+  // Tokens that all readers take in together: products of some look up tables.
   int64_t tokens_at_once(Tables tables) const {
-    return serves_rows_[static_cast<int>(tables)] ? kTokensAtOnce : kTableTokens;
+    return takes_rows_[static_cast<int>(tables)] ? kTokensAtOnce : kTableTokens;
   }
   // True if groups of a reader end within a region of integers.
   bool cuts_regions() const { return cuts_regions_; }
@@ -117,7 +117,7 @@ class InputPlan {
  private:
   int64_t k_;
   InputRegions tables_, rows_;
-  bool serves_rows_[kTableKinds];
+  bool takes_rows_[kTableKinds];
   bool cuts_regions_ = false;
 };
 
