@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,8 @@ class Copies:
         count = max(1, -(-nbytes // stride))
         memory = mmap.mmap(-1, count * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if huge_pages:
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):
+                memory.madvise(mmap.MADV_HUGEPAGE)
         buffer = np.frombuffer(memory, dtype=np.uint8)
         self._linears = []
         for start in range(0, count * stride, stride):

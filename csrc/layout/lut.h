@@ -28,8 +28,8 @@ constexpr int ternary_places(int table_entries) {
 }
 constexpr int kTernaryMostPlaces = ternary_places(kTernaryMostEntries);
 
-// What activations are rounded to. Products of many tokens do without tables (layout/rows.h): there
-// kInt8 means integers of 8 bits, and the other two the same integers as here.
+// What activations are rounded to. Products of many tokens may do without tables (layout/rows.h):
+// there kInt8 means integers of 8 bits, and the other two the same integers as here.
 //
 // A region has one unit; each of its tables has a multiplier, so that its steps of `multiplier`
 // units follow its own largest entry and not the region's.

@@ -245,14 +245,16 @@ int64_t Decoder::most_regions() const {
   return most;
 }
 
-int64_t Decoder::tokens_at_once(Tables tables) const {
-  int64_t least = head_plan_.tokens_at_once(tables);
+int64_t Decoder::tokens_at_once(bool all) const {
+  const Tables tables = config_.tables;
+  bool serve_rows = !all || head_plan_.serves_rows(tables), prefer_tables = true;
   for (const LayerPlans& p : plans_) {
     for (const InputPlan* plan : {&p.qkv, &p.o, &p.gate_up, &p.down}) {
-      least = std::min(least, plan->tokens_at_once(tables));
+      serve_rows &= plan->serves_rows(tables);
+      prefer_tables &= plan->prefers_tables(tables);
     }
   }
-  return least;
+  return serve_rows && !prefer_tables ? kTokensAtOnce : kTableTokens;
 }
 
 std::unique_ptr<Activations> Decoder::take_activations(int64_t tokens, int threads, int64_t n_ctx) {
@@ -287,7 +289,7 @@ void Decoder::forward(const int32_t* ids, int64_t n, bool all, KvCache& cache, T
                    " is outside the vocabulary of ", vocab());
   }
 
-  const int64_t at_once = std::min(n, tokens_at_once(config_.tables));
+  const int64_t at_once = std::min(n, tokens_at_once(all));
   std::unique_ptr<Activations> activations =
       take_activations(at_once, pool.threads(), cache.n_ctx());
   const int64_t start = cache.pos();

@@ -63,7 +63,8 @@ class Decoder {
  private:
   struct Pass;
   int64_t most_regions() const;
-  int64_t tokens_at_once(Tables tables) const;
+  // Tokens on their way through the layers together; `all`: and through the head.
+  int64_t tokens_at_once(bool all) const;
   std::unique_ptr<Activations> take_activations(int64_t tokens, int threads, int64_t n_ctx);
 
   const DecoderConfig config_;

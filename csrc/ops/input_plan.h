@@ -10,7 +10,7 @@
 namespace tmac {
 
 // Products of up to this many tokens look up tables; those of more unpack the weights and multiply
-// them with integers.
+// them with integers. Who cannot, or had better not, takes no more tokens at once.
 constexpr int64_t kTableTokens = 16;
 // Tokens whose inputs are built and read together: weights stream past once for all of them.
 constexpr int64_t kTokensAtOnce = 512;
@@ -107,17 +107,16 @@ class InputPlan {
   int64_t most_regions() const {
     return tables_.size() > rows_.size() ? tables_.size() : rows_.size();
   }
-  // Tokens that all readers take in together: products of some look up tables.
-  int64_t tokens_at_once(Tables tables) const {
-    return takes_rows_[static_cast<int>(tables)] ? kTokensAtOnce : kTableTokens;
-  }
+  // True if all readers can multiply integers of that kind; if all are faster with tables.
+  bool serves_rows(Tables tables) const { return serves_rows_[static_cast<int>(tables)]; }
+  bool prefers_tables(Tables tables) const { return prefers_tables_[static_cast<int>(tables)]; }
   // True if groups of a reader end within a region of integers.
   bool cuts_regions() const { return cuts_regions_; }
 
  private:
   int64_t k_;
   InputRegions tables_, rows_;
-  bool takes_rows_[kTableKinds];
+  bool serves_rows_[kTableKinds], prefers_tables_[kTableKinds];
   bool cuts_regions_ = false;
 };
 

@@ -62,7 +62,8 @@ void linear_forward(const Linear& w, Tables tables, const float* x, int64_t n, f
                     ThreadPool& pool) {
   kernels();  // throws, if it must, before the threads set out
   const InputPlan plan({w.spec});
-  const int64_t at_once = std::min(n, plan.tokens_at_once(tables));
+  const bool looks_up = !plan.serves_rows(tables) || plan.prefers_tables(tables);
+  const int64_t at_once = std::min(n, looks_up ? kTableTokens : kTokensAtOnce);
   Inputs inputs(tables, plan.most_regions(), at_once, pool.threads());
   const int64_t k = w.spec.k, m = w.spec.m;
   pool.run([&](Team& team) {

@@ -19,9 +19,9 @@ class LutLinear:
 
     The arithmetic is the bit-serial mpGEMM of T-MAC (Wei et al., 2024, section 3): groups of four
     activations become 16-entry tables of their signed sums, which the bit planes of the weights
-    index; for ternary weights groups of three. For more than 16 vectors at a time uniform codes
-    are unpacked and multiplied as integers: with exact tables to the same bits, with ``"int8"`` as
-    accurate, but rounded otherwise.
+    index; for ternary weights groups of three. For more than 16 vectors at a time uniform and
+    ternary codes are mostly unpacked and multiplied as integers (docs/kernels.md, "Which kernel
+    when"): with exact tables to the same bits, with ``"int8"`` as accurate, but rounded otherwise.
     Immutable; any number of threads may use it.
 
     Args:

@@ -23,6 +23,7 @@ ALIGNMENT = 64
 TOKENIZER_PREFIX = "tokenizer/"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors limit
 
+_FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 _NO_CHECKSUM = "0" * 32
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")
 _VERSION = re.compile(r"[0-9]{1,9}")
@@ -115,8 +116,8 @@ def check_spec(spec: LinearSpec) -> None:
             f"found {spec.bits}, {spec.offset_kind} and {spec.zero}"
         )
     if spec.scale is not None:
-        if not isinstance(spec.scale, float) or not math.isfinite(spec.scale):
-            raise ModelFileError(f"scale must be a finite number, found {spec.scale!r}")
+        if not isinstance(spec.scale, float) or not abs(spec.scale) <= _FLOAT32_MAX:
+            raise ModelFileError(f"scale must be a finite number such as 0.5, found {spec.scale!r}")
         if spec.encoding != "ternary" or spec.group_size != spec.k:
             raise ModelFileError("scale needs a ternary layout, and group_size k")
 

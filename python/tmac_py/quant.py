@@ -151,7 +151,7 @@ class QuantTensor:
             self.offset_kind,
             float(self.zero),
             LAYOUTS[self.encoding],
-            self.scale,
+            None if self.scale is None else float(self.scale),
         )
 
     def dequantize(self) -> NDArray[np.float32]:
@@ -265,8 +265,8 @@ def bcq_tensor(
 def quantize_ternary(w: MatrixLike, *, scale: float | None = None) -> QuantTensor:
     """Round a float matrix ``[m, k]`` to -1, 0 and 1 times one scale, as BitNet b1.58 does.
 
-    The scale is the mean of ``|w|`` (Ma et al., 2024, section 2), or the one given.
-    Raises ValueError for weights or scales that are not finite.
+    The scale is the mean of ``|w|`` (Ma et al., 2024, section 2), or the one given, as float32.
+    Raises ValueError for weights that are not finite, and for scales that are not positive float32.
     """
     if len(w.shape) != 2 or 0 in w.shape:
         raise ValueError(f"shape {list(w.shape)}: a matrix [m, k] is needed")
@@ -274,9 +274,12 @@ def quantize_ternary(w: MatrixLike, *, scale: float | None = None) -> QuantTenso
     rows = list(row_chunks(m, k, _CHUNK_ELEMENTS))
     if scale is None:
         total = sum(float(np.abs(w[r]).sum(dtype=np.float64)) for r in rows)
+        if not np.isfinite(total):
+            raise ValueError("weights are not finite")
         scale = max(total / (m * k), _TERNARY_SMALLEST)
-    if not np.isfinite(scale):
-        raise ValueError("weights are not finite")
+    elif not np.finfo(np.float32).tiny <= scale <= np.finfo(np.float32).max:
+        raise ValueError(f"scale {scale}: a positive float32 is needed")
+    scale = float(np.float32(scale))
     codes = np.empty((m, k), np.uint8)
     for r in rows:
         trits = np.rint(np.asarray(w[r], np.float32) * np.float32(1 / scale))

@@ -123,6 +123,8 @@ def _tensor(entry: TensorEntry) -> dict[str, Any]:
             "zero": entry.spec.zero,
             "layout": entry.spec.layout,
         }
+        if entry.spec.scale is not None:
+            result["scale"] = entry.spec.scale
     return {**result, "xxh3": entry.xxh3}
 
 
