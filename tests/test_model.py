@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,7 @@ from tmac_py import _core
 from tmac_py.errors import ContextError, ModelFileError, OptionError, TmacError
 from tmac_py.linear import LutLinear
 from tmac_py.model import Model
+from tmac_py.quant import quantize_rtn
 
 IDS = np.random.default_rng(3).integers(0, tiny.VOCAB, 40).astype(np.int32)
 ISAS = [isa["name"] for isa in _core.isas() if isa["usable"]]
@@ -108,6 +110,26 @@ def test_binary_coded_prefill_equals_single_steps_bit_for_bit(tmp_path, special,
         cache = model.new_cache()
         single = np.stack([model.forward(IDS[i : i + 1], cache) for i in range(len(IDS))])
         assert np.array_equal(model.logits(IDS), single)
+
+
+@pytest.mark.usefixtures("restore_isa")
+@pytest.mark.parametrize("isa", ISAS)
+def test_one_plane_beside_more_takes_integers_in_long_prompts(tmp_path, isa):
+    """As the same codes stored with two bits do; a model of nothing else looks them up."""
+    _core.use_isa(isa)
+    answers = []
+    for bits in (1, 2):
+        file = tiny.write_tiny_model(
+            tmp_path / "m.lut",
+            special=("q_proj", "down_proj"),
+            quantize=lambda weights, bits=bits: replace(
+                quantize_rtn(weights, bits=1, group_size=32), bits=bits
+            ),
+        )
+        with Model.load(file, threads=2, tables="int8") as model:
+            answers.append(model.logits(IDS))
+    assert len(IDS) > 16
+    assert np.array_equal(*answers)
 
 
 def test_binary_coded_weights_are_those_of_uniform_codes(tmp_path):
