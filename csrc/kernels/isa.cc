@@ -63,7 +63,7 @@ const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME) = {
     {TMAC_TILES(1), TMAC_TILES(2)},
     {TMAC_BCQ_TILES(1), TMAC_BCQ_TILES(2)},
     {multiply_ternary_tile<Isa::Ternary, 1>, multiply_ternary_tile<Isa::Ternary, 2>},
-    quantize_row<Isa>,
+    quantize_row_regions<Isa>,
     {TMAC_ROWS(Tables::kInt8), TMAC_ROWS(Tables::kExact), TMAC_ROWS(Tables::kExact8)},
     {multiply_rows<Isa, TernaryCodes, Tables::kInt8>, nullptr,
      multiply_rows<Isa, TernaryCodes, Tables::kExact8>},

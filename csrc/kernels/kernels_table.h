@@ -32,10 +32,11 @@ struct Kernels {
   // For ternary weights, by parts of the tables - 1.
   MultiplyTile multiply_ternary_tile[2];
 
-  // One region x [64] of one token as integers: into out [parts][12][64], with sums and unit in
-  // lane `lane` of `region` and, unless null, `chunks`. Units and to_token_units as above.
-  void (*quantize_row)(const float* x, Tables tables, float to_token_units, int lane, int8_t* out,
-                       RowRegion* region, RowChunks* chunks);
+  // Two regions x [2][64] of one token as integers: those of the first into out [parts][12][64],
+  // with sums and unit in lane `lane` of `region` and, unless null, `chunks`; the second ones
+  // follow in the order of layout/rows.h. Units and to_token_units as above.
+  void (*quantize_row_regions)(const float* x, Tables tables, float to_token_units, int lane,
+                               int8_t* out, RowRegion* region, RowChunks* chunks);
   // y[t, 0..rows) of one tile, or of two if rows > 32, for all tokens of x; rows of y are `stride`
   // apart. By kind of integers, then by bits - 1.
   using MultiplyRows = void (*)(const LinearSpec& spec, const uint8_t* tile, const RowView& x,

@@ -4,20 +4,24 @@
 // product that falls into one group is
 //   scale * (sum over regions of R * unit / 2  +  ((2^b - 1)/2 - zero) * sum_k x_k)
 // with R = sum_k (2 u_k - (2^b - 1)) q_k, centred. Those of Tables::kInt8 take codes as they are:
-//   scale * (sum over regions of R * unit  -  zero * sum_k x_k),   R = sum_k u_k q_k.
-// R is below 2^30, and below 2^24 for kInt8: 255 * (60 * 127 + 4 * 8128).
+//   scale * (sum over regions of R * unit  -  zero * sum_k x_k),   R = sum_k u_k q_k,
+// where two regions that share their unit have one R together.
+// R is below 2^30, and below 2^25 for kInt8: 2 * 255 * (60 * 127 + 4 * 8128).
 
 // Weights of each tile that are unpacked together, for all tokens: they stay in the first-level
 // cache.
 constexpr int kSlabRegions = 4;
 constexpr int kSlabChunks = kSlabRegions * kRegionChunks;
 
-// The weights that one group has in one region.
+// The weights that one group has in one region, or in two that share their unit.
 struct Segment {
   const uint8_t* codes;  // [2 * chunks][32][4]
   int64_t region;
   int first_chunk;  // of the region
   int chunks;
+
+  int regions() const { return chunks > kRegionChunks ? kRowRegions : 1; }
+  bool whole() const { return chunks % kRegionChunks == 0; }
   bool begins_group;
   const uint16_t* scales;  // of the group that ends here, or null
 };
@@ -47,59 +51,20 @@ struct Ahead {
   }
 };
 
-// From one token on.
+// What a segment needs, from one token on.
 struct TokenNumbers {
+  const float* unit;
   const int32_t* bias;
   const int32_t* sum;
   const float* x_sum;
   const float* centre_x_sum;
-  const uint32_t* loud_at;
-  const uint32_t* loud;
+  const uint32_t* loud_at[kRowRegions];
+  const uint32_t* loud[kRowRegions];
+  int regions;
 };
 
-// Adds `quads` times 4 products to each of the dots [kDots][kVectors].
-template <typename S, typename Dot, int kDots, int kVectors>
-inline void add_quads(Dot (*dots)[kVectors], const uint8_t* codes, const int8_t* q, int quads,
-                      const Ahead& ahead) {
-  const auto load = [&](int quad, int v) {
-    return Dot::load(codes + quad * kTileRows * kQuadWeights + v * S::kFloats * kQuadWeights);
-  };
-  const auto broadcast = [&](int quad, int d) {
-    return Dot::broadcast(q + d * Dot::kTokens * Dot::kTokenBytes + quad * kQuadWeights);
-  };
-  // The factors that there are fewer of stay in registers.
-  const auto add = [&](int quad) {
-    if constexpr (kDots < kVectors * Dot::kQuads) {
-      decltype(broadcast(0, 0)) x[kDots];
-      repeat<kDots>([&](auto d) { x[d] = broadcast(quad, d); });
-      repeat<kVectors>([&](auto v) {
-        const auto w = load(quad, v);
-        repeat<kDots>([&](auto d) { dots[d][v].add(w, x[d]); });
-      });
-    } else {
-      typename Dot::Codes w[kVectors];
-      repeat<kVectors>([&](auto v) { w[v] = load(quad, v); });
-      repeat<kDots>([&](auto d) {
-        const auto x = broadcast(quad, d);
-        repeat<kVectors>([&](auto v) { dots[d][v].add(w[v], x); });
-      });
-    }
-  };
-  const auto add_two = [&](int quad) {
-    ahead.template fetch<S>(quad);
-    repeat<2 / Dot::kQuads>([&](auto i) { add(quad + i * Dot::kQuads); });
-  };
-  if constexpr (Dot::kRun >= 2 * kRegionChunks) {
-    for (int quad = 0; quad < quads; quad += 2) add_two(quad);
-  } else {
-    constexpr int kStep = Dot::kRun < 2 ? 2 : Dot::kRun;
-    for (int quad = 0; quad < quads; quad += kStep) {
-      const int end = quads - quad < kStep ? quads : quad + kStep;
-      for (int i = quad; i < end; i += 2) add_two(i);
-      repeat<kDots>([&](auto d) { repeat<kVectors>([&](auto v) { dots[d][v].fold(); }); });
-    }
-  }
-}
+// What the sums of a segment are added to.
+enum class AddTo { kZero, kCentre, kGroup };
 
 template <typename S, typename Dot, Tables kTables, int kTokens>
 struct RowBlock {
@@ -111,117 +76,236 @@ struct RowBlock {
   static constexpr int kDots = kTokens / Dot::kTokens;
   static constexpr bool kWidens = Dot::kTokenBytes != kRegionWeights;
   static constexpr int kPartBytes = (kWidens ? kTokens : kBlockTokens) * Dot::kTokenBytes;
+  // From the integers of one region to those of the next.
+  static constexpr int64_t kRegionBytes =
+      kWidens ? kParts * kPartBytes : RowView::region_bytes(kParts);
   // Dot products begin at the bias or at the loud quad's high part.
   static constexpr bool kBegins = kParts == 1 && Dot::kHasTotal;
+
+  // The accumulators. No closure may refer to them: they would be kept in memory.
+  using Dots = Dot[kDots][kVectors];
+
+  static inline typename Dot::Codes load(const uint8_t* codes, int v) {
+    return Dot::load(codes + v * S::kFloats * kQuadWeights);
+  }
+  static inline auto broadcast(const int8_t* q, int d) {
+    return Dot::broadcast(q + d * Dot::kTokens * Dot::kTokenBytes);
+  }
+
+  // The factors that there are fewer of stay in registers.
+  static inline void add_quad(const uint8_t* codes, const int8_t* q, Dots& dots) {
+    if constexpr (kDots < kVectors * Dot::kQuads) {
+      decltype(broadcast(q, 0)) x[kDots];
+#pragma GCC unroll 16
+      for (int d = 0; d < kDots; ++d) x[d] = broadcast(q, d);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        const auto w = load(codes, v);
+#pragma GCC unroll 16
+        for (int d = 0; d < kDots; ++d) dots[d][v].add(w, x[d]);
+      }
+    } else {
+      typename Dot::Codes w[kVectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) w[v] = load(codes, v);
+#pragma GCC unroll 16
+      for (int d = 0; d < kDots; ++d) {
+        const auto x = broadcast(q, d);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) dots[d][v].add(w[v], x);
+      }
+    }
+  }
+
+  static inline void add_two(const uint8_t* codes, const int8_t* q, int quad, const Ahead& ahead,
+                             Dots& dots) {
+    ahead.template fetch<S>(quad);
+#pragma GCC unroll 2
+    for (int i = quad; i < quad + 2; i += Dot::kQuads) {
+      add_quad(codes + i * kQuadCodes, q + i * kQuadWeights, dots);
+    }
+  }
+
+  // Adds `quads` times 4 products to each. There are some: the compiler need not keep what dots
+  // begin at.
+  static inline void add_quads(const uint8_t* codes, const int8_t* q, int quads, const Ahead& ahead,
+                               Dots& dots) {
+    int quad = 0;
+    if constexpr (Dot::kRun == kMostQuads) {
+      do {
+        add_two(codes, q, quad, ahead, dots);
+        quad += 2;
+      } while (quad < quads);
+    } else {
+      constexpr int kStep = Dot::kRun < 2 ? 2 : Dot::kRun;
+      do {
+        const int end = quads - quad < kStep ? quads : quad + kStep;
+        do {
+          add_two(codes, q, quad, ahead, dots);
+          quad += 2;
+        } while (quad < end);
+#pragma GCC unroll 16
+        for (int d = 0; d < kDots; ++d) {
+#pragma GCC unroll 16
+          for (int v = 0; v < kVectors; ++v) dots[d][v].fold();
+        }
+      } while (quad < quads);
+    }
+  }
 
   // What the products of the integers come on top of.
   static inline I base(const uint8_t* codes, const TokenNumbers& tokens, int t, int v) {
     I sum = S::zero_i();
     if constexpr (kLoud) {
-      sum = Dot::multiply_loud(codes + v * S::kFloats * kQuadWeights, tokens.loud_at[t],
-                               reinterpret_cast<const int8_t*>(tokens.loud + t));
+      const auto add_loud = [&](int i) {
+        const int at = i * 2 * kRegionChunks * kQuadCodes + v * S::kFloats * kQuadWeights;
+        sum = Dot::add_loud(sum, codes + at, tokens.loud_at[i][t],
+                            reinterpret_cast<const int8_t*>(tokens.loud[i] + t));
+      };
+      add_loud(0);
+      if (tokens.regions == 2) add_loud(1);
+      sum = S::template shift_left<kLoudShift>(sum);
     }
     if constexpr (Dot::kBiased) sum = S::add_i(sum, S::set_i(tokens.bias[t]));
     return sum;
   }
 
   static inline void add_up(const uint8_t* codes, const int8_t* q, int quads,
-                            const TokenNumbers& tokens, const Ahead& ahead, Dot (*dots)[kVectors]) {
-    repeat<kDots>([&](auto d) {
-      repeat<kVectors>([&](auto v) {
+                            const TokenNumbers& tokens, const Ahead& ahead, Dots& dots) {
+#pragma GCC unroll 16
+    for (int d = 0; d < kDots; ++d) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
         I bases[Dot::kTokens];
-        repeat<Dot::kTokens>([&](auto t) {
+#pragma GCC unroll 2
+        for (int t = 0; t < Dot::kTokens; ++t) {
           bases[t] = kBegins ? base(codes, tokens, d * Dot::kTokens + t, v) : S::zero_i();
-        });
+        }
         dots[d][v].begin(bases);
-      });
-    });
-    add_quads<S, Dot, kDots, kVectors>(dots, codes, q, quads, ahead);
+      }
+    }
+    int region = 0;
+    do {
+      const int before = region * 2 * kRegionChunks;
+      add_quads(codes + before * kQuadCodes, q + region * kRegionBytes, quads, ahead.at(before),
+                dots);
+    } while (kLoud && ++region < tokens.regions);
+  }
+
+  // The sum of a token's products.
+  static inline F sum(const Dots& dots, const int32_t* high, const uint8_t* codes,
+                      const TokenNumbers& tokens, int t, int v) {
+    I total = dots[t / Dot::kTokens][v].sum(t % Dot::kTokens);
+    if constexpr (kParts == 2) {
+      static_assert(kExactBase == 255);
+      const I upper =
+          S::load_i(reinterpret_cast<const uint8_t*>(high + (t * kVectors + v) * S::kFloats));
+      total = S::sub_i(S::template add_shifted<8>(total, upper), upper);
+    }
+    if constexpr (!kBegins) total = S::add_i(total, base(codes, tokens, t, v));
+    if constexpr (Dot::kHalved) {
+      total = S::add_i(S::add_i(total, total), S::set_i(tokens.sum[t]));
+    }
+    return S::to_float(total);
+  }
+
+  // finish(token, vector, address, what sums are added to + sum * unit)
+  template <AddTo kAddTo, typename Finish>
+  static inline void flush(const Dots& dots, const int32_t* high, const uint8_t* codes,
+                           const TokenNumbers& tokens, const float* group, const Finish& finish) {
+#pragma GCC unroll 16
+    for (int t = 0; t < kTokens; ++t) {
+      const F unit = S::set(tokens.unit[t]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        const int at = t * kTileRows + v * S::kFloats;
+        const F value = sum(dots, high, codes, tokens, t, v);
+        if constexpr (kAddTo == AddTo::kZero) {
+          finish(t, v, at, S::mul(value, unit));
+        } else if constexpr (kAddTo == AddTo::kCentre) {
+          finish(t, v, at, S::fma(value, unit, S::set(tokens.centre_x_sum[t])));
+        } else {
+          finish(t, v, at, S::fma(value, unit, S::load_f(group + at)));
+        }
+      }
+    }
+  }
+
+  template <typename Finish>
+  static inline void flush(const Segment& segment, const Dots& dots, const int32_t* high,
+                           const uint8_t* codes, const TokenNumbers& tokens, const float* group,
+                           const Finish& finish) {
+    if (segment.begins_group) {
+      flush<AddTo::kZero>(dots, high, codes, tokens, group, finish);
+    } else {
+      flush<AddTo::kGroup>(dots, high, codes, tokens, group, finish);
+    }
   }
 
   // One segment, kTokens tokens from `lane` on, kVectors * kFloats rows from `row` on.
-  __attribute__((always_inline)) static inline void multiply(
-      const Segment& segment, OffsetKind kind, const uint8_t* codes, const int8_t* q,
-      const float* units, TokenNumbers tokens, Ahead ahead, int row, float* product, float* group) {
-    const int quads = 2 * segment.chunks;
+  __attribute__((always_inline)) static inline void multiply(const Segment& segment,
+                                                             OffsetKind kind, const uint8_t* codes,
+                                                             const int8_t* q, TokenNumbers tokens,
+                                                             Ahead ahead, int row, float* product,
+                                                             float* group) {
+    const int quads = 2 * segment.chunks / tokens.regions;
     alignas(64) int32_t high[kParts == 2 ? kTokens * kVectors * S::kFloats : 1];
-    Dot dots[kDots][kVectors];
-    const auto sum_of = [&](auto t, auto v) {
-      return dots[t / Dot::kTokens][v].sum(t % Dot::kTokens);
-    };
+    Dots dots;
     if constexpr (kParts == 2) {
       add_up(codes, q, quads, tokens, ahead, dots);
-      repeat<kTokens>([&](auto t) {
-        repeat<kVectors>(
-            [&](auto v) { S::store_i(high + (t * kVectors + v) * S::kFloats, sum_of(t, v)); });
-      });
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) {
+          S::store_i(high + (t * kVectors + v) * S::kFloats,
+                     dots[t / Dot::kTokens][v].sum(t % Dot::kTokens));
+        }
+      }
       q += kPartBytes;
       ahead.numbers += 2 * kRegionChunks * Ahead::kNumbers;
     }
     add_up(codes, q, quads, tokens, ahead, dots);
     // Nothing that goes with the sums is loaded before: there are no registers for it in the loop.
-    asm volatile("" : "+r"(units), "+r"(product), "+r"(group));
+    asm volatile("" : "+r"(tokens.unit), "+r"(product), "+r"(group));
     asm volatile("" : "+r"(tokens.sum), "+r"(tokens.x_sum), "+r"(tokens.centre_x_sum));
 
-    const auto sum = [&](auto t, auto v) {
-      I total = sum_of(t, v);
-      if constexpr (kParts == 2) {
-        static_assert(kExactBase == 255);
-        const I upper =
-            S::load_i(reinterpret_cast<const uint8_t*>(high + (t * kVectors + v) * S::kFloats));
-        total = S::sub_i(S::template add_shifted<8>(total, upper), upper);
-      }
-      if constexpr (!kBegins) total = S::add_i(total, base(codes, tokens, t, v));
-      if constexpr (Dot::kHalved) {
-        total = S::add_i(S::add_i(total, total), S::set_i(tokens.sum[t]));
-      }
-      return S::to_float(total);
-    };
-    // group += sum * unit, and finish(token, vector, address, group)
-    const auto flush = [&](const auto& finish) {
-      const auto each = [&](const auto& add_to_group) {
-        repeat<kTokens>([&](auto t) {
-          const F unit = S::set(units[t]);
-          repeat<kVectors>([&](auto v) {
-            constexpr int kAt = t * kTileRows + v * S::kFloats;
-            finish(t, v, kAt, add_to_group(sum(t, v), unit, kAt));
-          });
-        });
-      };
-      if (segment.begins_group) {
-        each([&](F r, F unit, int) { return S::mul(r, unit); });
-      } else {
-        each([&](F r, F unit, int at) { return S::fma(r, unit, S::load_f(group + at)); });
-      }
-    };
     if (segment.scales == nullptr) {
-      flush([&](int, int, int at, F value) { S::store_f(group + at, value); });
+      flush(segment, dots, high, codes, tokens, group,
+            [&](int, int, int at, F value) { S::store_f(group + at, value); });
       return;
     }
     F scale[kVectors];
-    repeat<kVectors>(
-        [&](auto v) { scale[v] = S::load_half(segment.scales + row + v * S::kFloats); });
+    for (int v = 0; v < kVectors; ++v) {
+      scale[v] = S::load_half(segment.scales + row + v * S::kFloats);
+    }
     const auto centred = [&](int t, F value) {
       return kLoud ? value : S::add(value, S::set(tokens.centre_x_sum[t]));
     };
     if (kind == OffsetKind::kNone) {
-      flush([&](int t, auto v, int at, F value) {
-        value = S::add(value, S::set(tokens.centre_x_sum[t]));
+      const auto add_to_product = [&](int v, int at, F value) {
         S::store_f(product + at, S::fma(scale[v], value, S::load_f(product + at)));
-      });
+      };
+      if (kLoud && segment.begins_group) {
+        flush<AddTo::kCentre>(dots, high, codes, tokens, group,
+                              [&](int, int v, int at, F value) { add_to_product(v, at, value); });
+      } else {
+        flush(segment, dots, high, codes, tokens, group, [&](int t, int v, int at, F value) {
+          add_to_product(v, at, S::add(value, S::set(tokens.centre_x_sum[t])));
+        });
+      }
       return;
     }
     F stored[kVectors];
-    repeat<kVectors>([&](auto v) {
+    for (int v = 0; v < kVectors; ++v) {
       stored[v] = S::load_half(segment.scales + kTileRows + row + v * S::kFloats);
-    });
+    }
     if (kind == OffsetKind::kOffset) {
-      flush([&](int t, auto v, int at, F value) {
+      flush(segment, dots, high, codes, tokens, group, [&](int t, int v, int at, F value) {
         const F total = S::fma(stored[v], S::set(tokens.x_sum[t]), S::load_f(product + at));
         S::store_f(product + at, S::fma(scale[v], centred(t, value), total));
       });
     } else {
-      flush([&](int t, auto v, int at, F value) {
+      flush(segment, dots, high, codes, tokens, group, [&](int t, int v, int at, F value) {
         value = S::sub(centred(t, value), S::mul(stored[v], S::set(tokens.x_sum[t])));
         S::store_f(product + at, S::fma(scale[v], value, S::load_f(product + at)));
       });
@@ -238,11 +322,12 @@ TMAC_FLATTEN void multiply_lanes(OffsetKind kind, const Segment* segments, int n
   constexpr int kParts = Block::kParts;
   constexpr int kRows = S::kDotVectors * S::kFloats;
   constexpr bool kWidens = Block::kWidens;
-  constexpr int kRegionBytes = kParts * Block::kPartBytes;
+  constexpr int64_t kRegionBytes = Block::kRegionBytes;
   const int64_t first_region = segments[0].region;
   alignas(64) int8_t widened[kWidens ? kSlabRegions * kRegionBytes : 1];
   if constexpr (kWidens) {
-    for (int64_t r = first_region; r <= segments[n_segments - 1].region; ++r) {
+    const Segment& last = segments[n_segments - 1];
+    for (int64_t r = first_region; r < last.region + last.regions(); ++r) {
       for (int i = 0; i < kParts * kTokens; ++i) {
         const int part = i / kTokens, t = i % kTokens;
         Dot::widen(x.integers_at(block, r) + (part * kBlockTokens + lane + t) * kRegionWeights,
@@ -255,19 +340,24 @@ TMAC_FLATTEN void multiply_lanes(OffsetKind kind, const Segment* segments, int n
       const Segment& segment = segments[s];
       const int8_t* q = kWidens ? widened + (segment.region - first_region) * kRegionBytes
                                 : x.integers_at(block, segment.region) + lane * kRegionWeights;
+      const int regions = kTables == Tables::kInt8 ? segment.regions() : 1;
       const RowRegion& region = x.region(block, segment.region);
-      const bool whole = segment.chunks == kRegionChunks;
-      const TokenNumbers numbers{tokens[s].bias + lane,
-                                 tokens[s].sum + lane,
-                                 tokens[s].x_sum + lane,
-                                 tokens[s].centre_x_sum + lane,
-                                 (whole ? region.loud_at : tokens[s].loud_at) + lane,
-                                 (whole ? region.loud : tokens[s].loud) + lane};
+      const RowRegion& next = x.region(block, segment.region + regions - 1);
+      const bool whole = segment.whole();
+      const TokenNumbers numbers{
+          region.unit + lane,
+          tokens[s].bias + lane,
+          tokens[s].sum + lane,
+          tokens[s].x_sum + lane,
+          tokens[s].centre_x_sum + lane,
+          {(whole ? region.loud_at : tokens[s].loud_at) + lane, next.loud_at + lane},
+          {(whole ? region.loud : tokens[s].loud) + lane, next.loud + lane},
+          regions};
       const int64_t at = segment.region - first_region;
       const Ahead rest{ahead.numbers + at * RowView::region_bytes(kParts),
                        ahead.product + at * 2 * kRegionChunks * Ahead::kProduct};
       Block::multiply(segment, kind, segment.codes + kQuadWeights * row,
-                      q + segment.first_chunk * kChunkWeights, region.unit + lane, numbers,
+                      q + segment.first_chunk * kChunkWeights, numbers,
                       rest.at(2 * segment.first_chunk), row, product + lane * kTileRows + row,
                       group + lane * kTileRows + row);
     }
@@ -313,8 +403,11 @@ void prepare_tokens(const Segment* segments, int n_segments, const RowView& x, i
         return sum;
       };
       I sum = S::zero_i();
-      if (segment.chunks == kRegionChunks) {
+      if (segment.whole()) {
         sum = add_sum(region.sum);
+        if (segment.regions() == 2) {
+          sum = S::add_i(sum, add_sum(x.region(block, segment.region + 1).sum));
+        }
       } else {
         if constexpr (!kCentred) find_loud<S>(segment, region, lane, tokens[s]);
         const RowChunks& chunks = x.chunks_of(block, segment.region);
@@ -395,7 +488,7 @@ constexpr OnesInHalf kOnesInHalf;
 
 // Cuts the slab that begins at `at` into segments, and unpacks it into `codes`. All of these move
 // on to the next slab.
-template <typename S, typename Dot, typename Code>
+template <typename S, typename Dot, typename Code, bool kSharedUnits>
 int unpack_slab(const LinearSpec& spec, int64_t n_chunks, SlabCursor& at, uint8_t* codes,
                 Segment* segments) {
   const int64_t full_end = Code::slab_end(at);
@@ -406,7 +499,10 @@ int unpack_slab(const LinearSpec& spec, int64_t n_chunks, SlabCursor& at, uint8_
     Code::template unpack<S, Dot>(spec, at, run_end, codes);
     while (at.chunk < run_end) {
       const int64_t region = at.chunk / kRegionChunks;
-      const int64_t region_end = (region + 1) * kRegionChunks;
+      constexpr int64_t kSharedChunks = kRowRegions * kRegionChunks;
+      const bool shared =
+          kSharedUnits && at.chunk % kSharedChunks == 0 && at.chunk + kSharedChunks <= run_end;
+      const int64_t region_end = (region + (shared ? kRowRegions : 1)) * kRegionChunks;
       const int64_t end = region_end < run_end ? region_end : run_end;
       segments[n_segments++] = {codes,
                                 region,
@@ -493,12 +589,12 @@ void multiply_rows(const LinearSpec& spec, const uint8_t* tile, const RowView& x
   }
   // Sums of groups that end with their slab need not be kept for each block.
   const bool ends_groups = Code::ends_groups(spec);
-  const int64_t n_slabs = ceil_div(n_chunks, kSlabChunks);
   while (at[0].chunk < n_chunks) {
     const int64_t region = at[0].chunk / kRegionChunks;
     int n_segments = 0;
     for (int i = 0; i < n_tiles; ++i) {
-      n_segments = unpack_slab<S, Dot, Code>(spec, n_chunks, at[i], codes[i], segments[i]);
+      n_segments =
+          unpack_slab<S, Dot, Code, !kCentred>(spec, n_chunks, at[i], codes[i], segments[i]);
     }
     const bool ends = at[0].chunk >= n_chunks;
     for (int64_t block = 0; block < n_blocks; ++block) {
@@ -518,7 +614,7 @@ void multiply_rows(const LinearSpec& spec, const uint8_t* tile, const RowView& x
         const Ahead ahead{numbers + i * kRegionBytes / 2,
                           reinterpret_cast<const uint8_t*>(product + kTilesAtOnce * kTileFloats)};
         if (region == 0) std::memset(product, 0, kTileFloats * sizeof(float));
-        for (int64_t t = region / kSlabRegions; t < block_tokens; t += n_slabs) {
+        for (int64_t t = 0; ends && t < block_tokens; ++t) {
           fetch<S>(y + (x.blocks.first_token(block) + t) * stride + i * kTileRows, 128);
         }
         for (int lane = 0; lane < block_tokens; lane += S::kDotTokens) {

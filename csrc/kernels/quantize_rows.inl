@@ -1,4 +1,4 @@
-// One region of one token as integers (layout/rows.h).
+// Regions of one token as integers (layout/rows.h).
 
 // Integers of a region, dealt out like the activations of its tables: q[half][i][t].
 using RegionIntegers = int32_t[kRegionHalves][kTableWeights][kHalfTables];
@@ -6,41 +6,51 @@ using RegionIntegers = int32_t[kRegionHalves][kTableWeights][kHalfTables];
 // Where table t of half a region is in the order of deal_to_tables.
 constexpr int dealt_table(int t) { return t % 2 * kHalfChunks + t / 2; }
 
-// The largest and the second largest of some values that are not negative, as the bits of floats,
-// which compare like integers; NaNs are larger than all others.
+// The largest and the second largest of some values that are not negative, in all lanes; anything
+// if one is NaN.
+template <typename N>
 struct Largest {
-  int32_t first, second;
-};
+  typename N::F first = N::set(0), second = N::set(0);
 
-inline int32_t max_of(int32_t a, int32_t b) { return a < b ? b : a; }
-inline int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
-inline Largest merge(Largest a, Largest b) {
-  return {max_of(a.first, b.first), max_of(min_of(a.first, b.first), max_of(a.second, b.second))};
-}
-
-// Of the |x| of a region's quads.
-inline Largest find_largest(const HalfRegion* halves) {
-  int32_t low[kHalfTables], high[kHalfTables];
-  std::memcpy(low, halves[0].limit, sizeof(low));
-  std::memcpy(high, halves[1].limit, sizeof(high));
-  const auto four = [&](const int32_t* sizes) {
-    return merge({max_of(sizes[0], sizes[1]), min_of(sizes[0], sizes[1])},
-                 {max_of(sizes[2], sizes[3]), min_of(sizes[2], sizes[3])});
-  };
-  return merge(merge(four(low), four(low + 4)), merge(four(high), four(high + 4)));
-}
-
-// A quad whose largest |x| has the bits `limit`, in the order of deal_to_tables.
-inline int find_quad(const HalfRegion* halves, int32_t limit) {
-  int32_t sizes[kHalfTables], at = 0;
-  for (int h = 0; h < kRegionHalves; ++h) {
-    std::memcpy(sizes, halves[h].limit, sizeof(sizes));
-    for (int t = 0; t < kHalfTables; ++t) {
-      const int32_t found = sizes[t] == limit ? h * kHalfTables + t : 0;
-      at = found > at ? found : at;
+  void add(typename N::F values) {
+    second = N::max(second, N::min(first, values));
+    first = N::max(first, values);
+  }
+  // Lanes meet those that differ from them in one bit of their number, from that of `distance` on.
+  template <int kDistance = 1>
+  void add_lanes() {
+    if constexpr (kDistance < N::kFloats) {
+      const auto other = N::template swap<kDistance>(second);
+      add(N::template swap<kDistance>(first));
+      second = N::max(second, other);
+      add_lanes<2 * kDistance>();
     }
   }
-  return at;
+};
+
+// Of the |x| of a region's quads.
+template <typename N>
+inline Largest<N> find_largest(const HalfRegion* halves) {
+  Largest<N> largest;
+  for (int h = 0; h < kRegionHalves; ++h) {
+    for (int t = 0; t < kHalfTables; t += N::kFloats) {
+      largest.add(N::load_f(halves[h].limit + t));
+    }
+  }
+  largest.add_lanes();
+  return largest;
+}
+
+// A quad whose largest |x| is `limit`, in the order of deal_to_tables.
+template <typename N>
+inline int find_quad(const HalfRegion* halves, typename N::F limit) {
+  uint32_t found = 0;
+  for (int h = 0; h < kRegionHalves; ++h) {
+    for (int t = 0; t < kHalfTables; t += N::kFloats) {
+      found |= N::equal_lanes(N::load_f(halves[h].limit + t), limit) << (h * kHalfTables + t);
+    }
+  }
+  return found == 0 ? 0 : __builtin_ctz(found);
 }
 
 // All with one step.
@@ -73,24 +83,25 @@ inline void round_exactly(const HalfRegion* halves, float limit, float to_units,
   }
 }
 
+// At most 64 * 32512, which a float holds.
 template <typename N>
-inline void sum_chunks(const RegionIntegers& q, int lane, RowRegion* region, RowChunks* chunks) {
-  int32_t total = 0;
+inline void sum_integers(const RegionIntegers& q, int lane, RowRegion* region, RowChunks* chunks) {
+  auto total = N::zero_i();
   for (int h = 0; h < kRegionHalves; ++h) {
     alignas(64) int32_t sums[kHalfTables];
     for (int t = 0; t < kHalfTables; t += N::kFloats) {
       const auto at = [&](int i) {
         return N::load_i(reinterpret_cast<const uint8_t*>(q[h][i] + t));
       };
-      N::store_i(sums + t, N::add_i(N::add_i(at(0), at(1)), N::add_i(at(2), at(3))));
+      const auto sum = N::add_i(N::add_i(at(0), at(1)), N::add_i(at(2), at(3)));
+      N::store_i(sums + t, sum);
+      total = N::add_i(total, sum);
     }
-    for (int c = 0; c < kHalfChunks; ++c) {
-      const int32_t sum = sums[c] + sums[kHalfChunks + c];
-      if (chunks != nullptr) chunks->sum[h * kHalfChunks + c][lane] = sum;
-      total += sum;
+    for (int c = 0; chunks != nullptr && c < kHalfChunks; ++c) {
+      chunks->sum[h * kHalfChunks + c][lane] = sums[c] + sums[kHalfChunks + c];
     }
   }
-  region->sum[lane] = total;
+  region->sum[lane] = static_cast<int32_t>(N::sum(N::to_float(total)));
 }
 
 // The low bytes, in the order of weights.
@@ -122,63 +133,88 @@ inline void write_loud(const RegionIntegers& q, int quad, int lane, int8_t* out,
   region->loud_at[lane] = static_cast<uint32_t>(table * kQuadCodes);
 }
 
-// x [64]; to_token_units is for Tables::kExact8. Integers go to out [parts][12][64] of the token,
-// the other numbers to lane `lane` of `region` and `chunks`.
-template <typename S>
-TMAC_FLATTEN void quantize_row(const float* x, Tables tables, float to_token_units, int lane,
-                               int8_t* out, RowRegion* region, RowChunks* chunks) {
-  using N = typename S::Narrow;
+// The activations of one region.
+template <typename N>
+struct RowInput {
   HalfRegion halves[kRegionHalves];
-  auto poisons = N::set(0);
-  for (int h = 0; h < kRegionHalves; ++h) {
-    N::deal_to_tables(x + h * kRegionWeights / 2, halves[h].lanes);
-    measure_half<N>(true, halves[h]);
-    for (int t = 0; t < kHalfTables; t += N::kFloats) {
-      poisons = N::add(poisons, N::load_f(halves[h].poison + t));
-    }
-  }
-  const float poison = N::sum(poisons);
-  const Largest largest = find_largest(halves);
-  float limit, rest;
-  std::memcpy(&limit, &largest.first, sizeof(limit));
-  std::memcpy(&rest, &largest.second, sizeof(rest));
-  Scale scale;
-  if (tables == Tables::kExact8) {
-    scale = choose_token_scale(poison, to_token_units);
-  } else if (tables == Tables::kExact) {
-    scale = choose_scale(limit, poison, kExactMultiplier * kExactMax);
-  } else {
-    const float least = limit * (1.0f / 64);  // 8128 / 127
-    scale = choose_scale(rest > least ? rest : least, poison, kInt8Max);
-  }
-  region->unit[lane] = tables == Tables::kInt8 ? scale.unit : 0.5f * scale.unit;
+  typename N::F poison;
+  Largest<N> largest;
 
-  alignas(64) RegionIntegers q;
-  if (scale.to_units == 0) {  // also where x is not finite
-    std::memset(q, 0, sizeof(q));
-  } else if (tables == Tables::kExact) {
-    round_exactly<N>(halves, limit, scale.to_units, q);
-  } else {
-    round_region<N>(halves, scale.to_units, q);
-  }
-  sum_chunks<N>(q, lane, region, chunks);
-  if (tables == Tables::kExact) {
-    alignas(64) RegionIntegers high;
+  void measure(const float* x) {
+    poison = N::set(0);
     for (int h = 0; h < kRegionHalves; ++h) {
-      for (int i = 0; i < kTableWeights; ++i) {
-        for (int t = 0; t < kHalfTables; ++t) {
-          int32_t& low = q[h][i][t];
-          const int32_t half = low < 0 ? -(kExactBase / 2) : kExactBase / 2;
-          high[h][i][t] = (low + half) / kExactBase;
-          low -= high[h][i][t] * kExactBase;
-        }
+      N::deal_to_tables(x + h * kRegionWeights / 2, halves[h].lanes);
+      measure_half<N>(true, halves[h]);
+      for (int t = 0; t < kHalfTables; t += N::kFloats) {
+        poison = N::add(poison, N::load_f(halves[h].poison + t));
       }
     }
-    write_bytes(high, out);
-    out += kBlockTokens * kRegionWeights;
+    largest = find_largest<N>(halves);
   }
-  write_bytes(q, out);
-  if (tables == Tables::kInt8) {
-    write_loud(q, find_quad(halves, largest.first), lane, out, region);
+
+  // Writes integers to out [parts][12][64] of the token, the other numbers to lane `lane` of
+  // `region` and `chunks`.
+  void write(Tables tables, Scale scale, int lane, int8_t* out, RowRegion* region,
+             RowChunks* chunks) const {
+    region->unit[lane] = tables == Tables::kInt8 ? scale.unit : 0.5f * scale.unit;
+    alignas(64) RegionIntegers q;
+    if (scale.to_units == 0) {  // also where x is not finite
+      std::memset(q, 0, sizeof(q));
+    } else if (tables == Tables::kExact) {
+      round_exactly<N>(halves, N::lane(largest.first), scale.to_units, q);
+    } else {
+      round_region<N>(halves, scale.to_units, q);
+    }
+    sum_integers<N>(q, lane, region, chunks);
+    if (tables == Tables::kExact) {
+      alignas(64) RegionIntegers high;
+      for (int h = 0; h < kRegionHalves; ++h) {
+        for (int i = 0; i < kTableWeights; ++i) {
+          for (int t = 0; t < kHalfTables; ++t) {
+            int32_t& low = q[h][i][t];
+            const int32_t half = low < 0 ? -(kExactBase / 2) : kExactBase / 2;
+            high[h][i][t] = (low + half) / kExactBase;
+            low -= high[h][i][t] * kExactBase;
+          }
+        }
+      }
+      write_bytes(high, out);
+      out += kBlockTokens * kRegionWeights;
+    }
+    write_bytes(q, out);
+    if (tables == Tables::kInt8) {
+      write_loud(q, find_quad<N>(halves, largest.first), lane, out, region);
+    }
+  }
+};
+
+// x [2][64]; to_token_units is for Tables::kExact8. To `out`, `region` and `chunks` of the first.
+template <typename S>
+TMAC_FLATTEN void quantize_row_regions(const float* x, Tables tables, float to_token_units,
+                                       int lane, int8_t* out, RowRegion* region,
+                                       RowChunks* chunks) {
+  using N = typename S::Narrow;
+  RowInput<N> inputs[kRowRegions];
+  for (int i = 0; i < kRowRegions; ++i) inputs[i].measure(x + i * kRegionWeights);
+  static_assert(kRowRegions == 2);
+  const auto& a = inputs[0].largest;
+  const auto& b = inputs[1].largest;
+  // The loud quads have 8128 / 127 = 64 times the range of the others.
+  const auto least = N::mul(N::max(a.first, b.first), N::set(1.0f / 64));
+  const auto limit = N::max(N::max(a.second, b.second), least);
+  const auto poison = N::add(inputs[0].poison, inputs[1].poison);
+  const Scale shared = choose_scale(N::lane(limit), N::sum(poison), kInt8Max);
+  const int64_t stride = RowView::region_bytes(row_parts(tables));
+  for (int i = 0; i < kRowRegions; ++i) {
+    Scale scale = shared;
+    if (tables == Tables::kExact8) {
+      scale = choose_token_scale(N::sum(inputs[i].poison), to_token_units);
+    } else if (tables == Tables::kExact) {
+      scale = choose_scale(N::lane(inputs[i].largest.first), N::sum(inputs[i].poison),
+                           kExactMultiplier * kExactMax);
+    }
+    auto* numbers = reinterpret_cast<RowRegion*>(reinterpret_cast<uint8_t*>(region) + i * stride);
+    inputs[i].write(tables, scale, lane, out + i * stride, numbers,
+                    chunks == nullptr ? nullptr : chunks + i);
   }
 }

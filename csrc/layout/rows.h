@@ -15,6 +15,11 @@ constexpr int kLoudShift = 7;    // the two parts of a loud quad: q = 2^7 * high
 constexpr int kLoudBase = 1 << kLoudShift;
 constexpr int kQuadWeights = 4;  // that one dot product takes
 constexpr int kQuadCodes = kTileRows * kQuadWeights;
+// Regions that are built together, 2 i and 2 i + 1 of a reader's. With Tables::kInt8 they share
+// their unit, so that products convert the sum of both to floats at once.
+constexpr int kRowRegions = 2;
+constexpr int kRowRegionsWeights = kRowRegions * kRegionWeights;
+constexpr int kMostQuads = kRowRegionsWeights / kQuadWeights;  // that products add up at once
 
 // True if integers of that kind can be multiplied with the matrix's codes. Planes with scales of
 // their own are no codes. Ternary weights are taken as codes of 2 bits, in regions as for these and
@@ -49,6 +54,12 @@ struct RowChunks {
   alignas(64) int32_t sum[kRegionChunks][kTokenLanes];
 };
 
+// Where a token's numbers stand: in one lane of a block.
+struct RowPlace {
+  int64_t block;
+  int lane;
+};
+
 // How n tokens are dealt out.
 struct RowBlocks {
   int64_t n_tokens;
@@ -61,7 +72,10 @@ struct RowBlocks {
   int tokens(int64_t block) const {
     return static_cast<int>(first_token(block + 1) - first_token(block));
   }
-  int64_t block_of(int64_t token) const { return ((token / 2 + 1) * n_blocks() - 1) / n_pairs(); }
+  RowPlace place(int64_t token) const {
+    const int64_t block = ((token / 2 + 1) * n_blocks() - 1) / n_pairs();
+    return {block, static_cast<int>(token - first_token(block))};
+  }
 };
 
 // The integers that one matrix reads.

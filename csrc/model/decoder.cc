@@ -174,7 +174,7 @@ struct Decoder::Pass {
   }
 
   void attend(int64_t layer, const InputPlan& o_plan) {
-    const bool build_now = a.inputs.builds_early(o_plan, n) && head_dim % kRegionWeights == 0;
+    const bool build_now = a.inputs.builds_early(o_plan, n) && head_dim % weights_at_once(n) == 0;
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
     const int64_t heads_per_kv = config.n_heads / config.n_kv_heads;
     float* rotated = a.rotated.data() + team.thread() * head_dim;
@@ -202,10 +202,10 @@ struct Decoder::Pass {
   void feed_forward(const LayerWeights& w, const LayerPlans& plans) {
     const int64_t width = w.gate.spec.m;
     const bool build_now = a.down_inputs.builds_early(plans.down, n);
-    // As many tiles as make a region of the next product's input.
-    constexpr int64_t kTiles = kRegionWeights / kTileRows;
-    static_assert(kTiles % kTilesAtOnce == 0);
-    for_tiles(team, w.gate.spec.n_tiles(), kTiles, [&](int64_t begin, int64_t end) {
+    // As many tiles as make what is built at once of the next product's input.
+    static_assert(kRowRegionsWeights % (kTilesAtOnce * kTileRows) == 0);
+    const int64_t at_once = weights_at_once(n) / kTileRows;
+    for_tiles(team, w.gate.spec.n_tiles(), at_once, [&](int64_t begin, int64_t end) {
       multiply_tiles(team, w.gate, a.inputs, plans.gate_up.regions(n).first(0), n, begin, end,
                      a.gate.data(), width);
       multiply_tiles(team, w.up, a.inputs, plans.gate_up.regions(n).first(1), n, begin, end,

@@ -39,14 +39,14 @@ InputPlan::InputPlan(std::initializer_list<LinearSpec> readers) : k_(readers.beg
   }
 }
 
-// The activations of the i-th region of a shape. x [shape.k] -> out [region_weights].
-void InputRegions::gather(const InputShape& shape, int64_t region, const float* x, float* out) {
+// The activations of a shape's piece. x [shape.k] -> out [piece_weights].
+void InputRegions::gather(const InputShape& shape, int64_t piece, const float* x, float* out) {
   const int64_t chunk_weights = shape.chunk_weights();
-  std::memset(out, 0, sizeof(float) * static_cast<size_t>(shape.region_weights()));
+  std::memset(out, 0, sizeof(float) * static_cast<size_t>(shape.piece_weights()));
   const int64_t group_size = shape.contiguous() ? shape.k : shape.group_size;
   const int64_t group_chunks = ceil_div(group_size, chunk_weights);
-  for (int64_t i = 0; i < shape.region_chunks(); ++i) {
-    const int64_t chunk = region * shape.region_chunks() + i;
+  for (int64_t i = 0; i < shape.piece_chunks(); ++i) {
+    const int64_t chunk = piece * shape.piece_chunks() + i;
     if (chunk >= shape.n_chunks) return;
     const int64_t group = chunk / group_chunks;
     const int64_t begin = group * group_size + chunk % group_chunks * chunk_weights;

@@ -17,36 +17,53 @@ constexpr int64_t kTokensAtOnce = 512;
 
 constexpr bool reads_tables(int64_t n_tokens) { return n_tokens <= kTableTokens; }
 
+// What is built at once from the activations.
+enum class Piece {
+  kRegion,         // the tables of a region
+  kTernaryRegion,  // the same for ternary weights
+  kRowRegions,     // integers (layout/rows.h)
+};
+constexpr int64_t kMostPieceWeights = kRowRegionsWeights;
+static_assert(kMostPieceWeights >= kTernaryRegionWeights);
+
 // How a matrix wants its input cut into chunks. Matrices of equal shape can share their input.
 struct InputShape {
   int64_t k = 0;
   int64_t group_size = 0;  // 0: chunks follow each other; else each group starts a new chunk
-  bool ternary = false;    // chunks and tables are those of ternary weights
+  Piece piece = Piece::kRegion;
 
   int64_t n_chunks = 0;
 
   static InputShape of_tables(const LinearSpec& spec) {
-    return {spec.k, spec.contiguous_chunks() ? 0 : spec.group_size, spec.ternary(),
-            spec.n_chunks()};
+    return {spec.k, spec.contiguous_chunks() ? 0 : spec.group_size,
+            spec.ternary() ? Piece::kTernaryRegion : Piece::kRegion, spec.n_chunks()};
   }
   static InputShape of_rows(const LinearSpec& spec) {
-    if (!spec.ternary()) return of_tables(spec);
-    return {spec.k, 0, false, ceil_div(spec.k, kChunkWeights)};
+    if (spec.ternary()) return {spec.k, 0, Piece::kRowRegions, ceil_div(spec.k, kChunkWeights)};
+    InputShape shape = of_tables(spec);
+    shape.piece = Piece::kRowRegions;
+    return shape;
   }
   bool operator==(const InputShape& o) const {
-    return k == o.k && group_size == o.group_size && ternary == o.ternary;
+    return k == o.k && group_size == o.group_size && piece == o.piece;
   }
   bool contiguous() const { return group_size == 0; }
-  int64_t chunk_weights() const { return ternary ? kTernaryChunkWeights : kChunkWeights; }
-  int64_t region_chunks() const { return ternary ? kTernaryRegionChunks : kRegionChunks; }
-  int64_t region_weights() const { return chunk_weights() * region_chunks(); }
-  // What a region counts: its tables may take up the memory of several others.
-  int64_t places() const { return ternary ? kTernaryMostPlaces : 1; }
-  int64_t n_regions() const { return ceil_div(n_chunks, region_chunks()) * places(); }
+  bool ternary() const { return piece == Piece::kTernaryRegion; }
+  int64_t chunk_weights() const { return ternary() ? kTernaryChunkWeights : kChunkWeights; }
+  int64_t piece_chunks() const {
+    return ternary()                 ? kTernaryRegionChunks
+           : piece == Piece::kRegion ? kRegionChunks
+                                     : kRowRegions * kRegionChunks;
+  }
+  int64_t piece_weights() const { return chunk_weights() * piece_chunks(); }
+  // Regions that a piece counts as. Ternary tables may take up the memory of several others.
+  int64_t piece_regions() const {
+    return ternary() ? kTernaryMostPlaces : piece == Piece::kRegion ? 1 : kRowRegions;
+  }
+  int64_t n_regions() const { return ceil_div(n_chunks, piece_chunks()) * piece_regions(); }
 };
 
-// The regions that the readers of one activation vector need: one set for each distinct shape. A
-// ternary region counts as kTernaryMostPlaces of others.
+// The regions that the readers of one activation vector need: one set for each distinct shape.
 class InputRegions {
  public:
   void add_reader(const InputShape& shape);
@@ -54,13 +71,14 @@ class InputRegions {
   int64_t size() const { return size_; }
   // True if region i is weights 64 i..64 i + 63 for all readers.
   bool contiguous() const {
-    return sets_.size() == 1 && sets_[0].shape.contiguous() && !sets_[0].shape.ternary;
+    return sets_.size() == 1 && sets_[0].shape.contiguous() && !sets_[0].shape.ternary();
   }
   // Where the regions of the i-th reader begin.
   int64_t first(size_t reader) const { return reader_regions_[reader]; }
 
-  // Calls visit(region, ternary, values) for the regions [begin, end) of x [k]; values are 64, or
-  // 96 for ternary weights, and zeros are padding. Ternary regions stand `ternary_places` apart.
+  // Calls visit(region, ternary, values) for the pieces that begin in the regions [begin, end) of
+  // x [k]; values are as many as the piece has weights, and zeros are padding. Ternary regions
+  // stand `ternary_places` apart.
   template <typename Visit>
   void each(int64_t begin, int64_t end, int64_t ternary_places, const float* x,
             const Visit& visit) const {
@@ -68,16 +86,17 @@ class InputRegions {
     for (int64_t region = begin; region < end; ++region) {
       while (region >= set->first_region + set->shape.n_regions()) ++set;
       const InputShape& shape = set->shape;
-      if ((region - set->first_region) % shape.places() != 0) continue;
-      const int64_t i = (region - set->first_region) / shape.places();
-      const int64_t place = set->first_region + i * (shape.ternary ? ternary_places : 1);
-      const int64_t first = i * shape.region_weights();
-      if (shape.contiguous() && first + shape.region_weights() <= shape.k) {
-        visit(place, shape.ternary, x + first);
+      const int64_t at = region - set->first_region;
+      if (at % shape.piece_regions() != 0) continue;
+      const int64_t i = at / shape.piece_regions();
+      const int64_t place = shape.ternary() ? set->first_region + i * ternary_places : region;
+      const int64_t first = i * shape.piece_weights();
+      if (shape.contiguous() && first + shape.piece_weights() <= shape.k) {
+        visit(place, shape.ternary(), x + first);
       } else {
-        float gathered[kTernaryRegionWeights];
+        float gathered[kMostPieceWeights];
         gather(shape, i, x, gathered);
-        visit(place, shape.ternary, gathered);
+        visit(place, shape.ternary(), gathered);
       }
     }
   }
@@ -87,7 +106,7 @@ class InputRegions {
     InputShape shape;
     int64_t first_region;
   };
-  static void gather(const InputShape& shape, int64_t region, const float* x, float* out);
+  static void gather(const InputShape& shape, int64_t piece, const float* x, float* out);
 
   std::vector<Set> sets_;
   std::vector<int64_t> reader_regions_;

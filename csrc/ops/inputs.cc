@@ -39,9 +39,8 @@ RowView Rows::view(int64_t n_tokens, int64_t first_region) {
 }
 
 float& Rows::token_unit(int64_t n_tokens, int64_t token) {
-  const RowBlocks blocks{n_tokens};
-  const int64_t block = blocks.block_of(token);
-  return token_unit_.data()[block * kTokenLanes + token - blocks.first_token(block)];
+  const RowPlace place = RowBlocks{n_tokens}.place(token);
+  return token_unit_.data()[place.block * kTokenLanes + place.lane];
 }
 
 RowSums Rows::sums(int thread) {
@@ -69,34 +68,33 @@ float Inputs::choose_unit(const InputPlan& plan, int64_t n_tokens, int64_t token
   return to_units;
 }
 
-void Inputs::build_region(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t region,
-                          bool ternary, float to_units, const float* values) {
+void Inputs::build_region(const InputPlan& plan, int64_t n_tokens, int64_t token, RowPlace place,
+                          int64_t region, bool ternary, float to_units, const float* values) {
   if (reads_tables(n_tokens)) {
     const Kernels& isa = kernels();
     const auto build = ternary ? isa.build_ternary_region : isa.build_region;
     build(values, tables_, to_units, luts_.view(token, region));
     return;
   }
-  const auto quantize = kernels().quantize_row;
+  const auto quantize = kernels().quantize_row_regions;
   const RowView view = rows_.view(n_tokens, 0);
-  const int64_t block = view.blocks.block_of(token);
-  const int lane = static_cast<int>(token - view.blocks.first_token(block));
-  int8_t* out = view.integers_at(block, region) + lane * kRegionWeights;
-  RowRegion* numbers = &view.region(block, region);
-  RowChunks* chunks = plan.cuts_regions() ? &view.chunks_of(block, region) : nullptr;
-  quantize(values, tables_, to_units, lane, out, numbers, chunks);
+  int8_t* out = view.integers_at(place.block, region) + place.lane * kRegionWeights;
+  RowRegion* numbers = &view.region(place.block, region);
+  RowChunks* chunks = plan.cuts_regions() ? &view.chunks_of(place.block, region) : nullptr;
+  quantize(values, tables_, to_units, place.lane, out, numbers, chunks);
   if (token % 2 == 0 && token + 1 == n_tokens) {  // kernels compute the missing token too
-    quantize(values, tables_, to_units, lane + 1, out + kRegionWeights, numbers, chunks);
+    quantize(values, tables_, to_units, place.lane + 1, out + kRegionWeights, numbers, chunks);
   }
 }
 
 void Inputs::build(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t begin,
                    int64_t end, const float* x) {
   const float to_units = choose_unit(plan, n_tokens, token, begin == 0 && end > 0, x);
+  const RowPlace place = RowBlocks{n_tokens}.place(token);
   plan.regions(n_tokens).each(begin, end, kernels().ternary_places, x,
                               [&](int64_t region, bool ternary, const float* values) {
-                                build_region(plan, n_tokens, token, region, ternary, to_units,
-                                             values);
+                                build_region(plan, n_tokens, token, place, region, ternary,
+                                             to_units, values);
                               });
 }
 
@@ -122,7 +120,8 @@ void Inputs::build_all(Team& team, const InputPlan& plan, int64_t n_tokens, cons
         for (int64_t t = 0; t < n; ++t) {
           regions.each(region, region + 1, ternary_places, x + (token + t) * stride,
                        [&](int64_t at, bool ternary, const float* values) {
-                         build_region(plan, n_tokens, token + t, at, ternary, to_units[t], values);
+                         build_region(plan, n_tokens, token + t, {block, static_cast<int>(t)}, at,
+                                      ternary, to_units[t], values);
                        });
         }
       }

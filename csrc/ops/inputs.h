@@ -13,6 +13,10 @@ namespace tmac {
 constexpr int64_t tiles_at_once(int64_t n_tokens) {
   return reads_tables(n_tokens) ? 1 : kTilesAtOnce;
 }
+// Weights whose inputs are built together, if they are contiguous.
+constexpr int64_t weights_at_once(int64_t n_tokens) {
+  return reads_tables(n_tokens) ? kRegionWeights : kRowRegionsWeights;
+}
 
 // Memory for the tables of several tokens.
 class Luts {
@@ -66,7 +70,8 @@ class Inputs {
   // [k].
   void build(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t begin, int64_t end,
              const float* x);
-  // Builds the regions of weights [begin, end), multiples of 64 or k. Needs builds_early().
+  // Builds the regions of weights [begin, end), multiples of weights_at_once or k. Needs
+  // builds_early().
   void build_weights(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t begin,
                      int64_t end, const float* x) {
     build(plan, n_tokens, token, begin / kRegionWeights, ceil_div(end, kRegionWeights), x);
@@ -82,9 +87,9 @@ class Inputs {
   // Units of a token per activation, for build_region; stores the inverse if `stores`.
   float choose_unit(const InputPlan& plan, int64_t n_tokens, int64_t token, bool stores,
                     const float* x);
-  // values [64], or [96] for ternary tables
-  void build_region(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t region,
-                    bool ternary, float to_units, const float* values);
+  // values of a piece; `place` is for rows
+  void build_region(const InputPlan& plan, int64_t n_tokens, int64_t token, RowPlace place,
+                    int64_t region, bool ternary, float to_units, const float* values);
 
   const Tables tables_;
   Luts luts_;

@@ -275,6 +275,15 @@ struct Avx2 {
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
   }
+  static float lane(F a) { return _mm256_cvtss_f32(a); }
+  template <int kDistance>
+  static F swap(F a) {
+    if constexpr (kDistance == 4) return _mm256_permute2f128_ps(a, a, 1);
+    return _mm256_permute_ps(a, kDistance == 2 ? 0x4e : 0xb1);
+  }
+  static uint32_t equal_lanes(F a, F b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)));
+  }
 
   static void prefetch(const uint8_t* p) {
     _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);

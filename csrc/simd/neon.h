@@ -221,6 +221,16 @@ struct Neon {
     return vget_lane_f32(pairs, 0) + vget_lane_f32(pairs, 1);
   }
   static float largest(F a) { return vmaxvq_f32(a); }
+  static float lane(F a) { return vgetq_lane_f32(a, 0); }
+  template <int kDistance>
+  static F swap(F a) {
+    if constexpr (kDistance == 2) return vextq_f32(a, a, 2);
+    return vrev64q_f32(a);
+  }
+  static uint32_t equal_lanes(F a, F b) {
+    const uint32x4_t lanes = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(vceqq_f32(a, b), lanes));
+  }
 
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
   static void prefetch_near(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
@@ -295,7 +305,7 @@ struct Neon {
   template <bool kCentred, bool kByte>
   struct CoreTraits {
     static constexpr int kTokenBytes = 64;
-    static constexpr int kRun = 16;
+    static constexpr int kRun = kMostQuads;
     static constexpr bool kHasTotal = true;
     static constexpr bool kBiased = !kCentred && kByte;
     static constexpr bool kHalved = kCentred && kByte;
@@ -323,7 +333,7 @@ struct Neon {
     static int8x16_t broadcast(const int8_t* q) {
       return vcombine_s8(vld1_s8(q), vld1_s8(q + CoreTraits<kCentred, kByte>::kTokenBytes));
     }
-    static I multiply_loud(const uint8_t* codes, uint32_t at, const int8_t* q) {
+    static I add_loud(I sum, const uint8_t* codes, uint32_t at, const int8_t* q) {
       constexpr uint32_t kQuadBytes = kTileRows * kTableWeights;
       const uint32_t quad = at / kQuadBytes % 2;  // of the two
       uint32_t four;
@@ -331,8 +341,8 @@ struct Neon {
       const int8x16_t eight =
           vreinterpretq_s8_u64(vdupq_n_u64(static_cast<uint64_t>(four) << (32 * quad)));
       const Codes w = load(codes + at - quad * kQuadBytes);
-      return shift_left<7>(
-          vpaddq_s32(vdotq_s32(zero_i(), w.low, eight), vdotq_s32(zero_i(), w.high, eight)));
+      return vaddq_s32(
+          sum, vpaddq_s32(vdotq_s32(zero_i(), w.low, eight), vdotq_s32(zero_i(), w.high, eight)));
     }
     void begin(const I (&base)[kTokens]) {
       low = vzip1q_s32(base[0], base[1]);
@@ -358,11 +368,10 @@ struct Neon {
       return {Neon::load(codes), Neon::load(codes + kTileRows * kTableWeights)};
     }
     static int8x8_t broadcast(const int8_t* q) { return vld1_s8(q); }
-    static I multiply_loud(const uint8_t* codes, uint32_t at, const int8_t* q) {
+    static I add_loud(I sum, const uint8_t* codes, uint32_t at, const int8_t* q) {
       int32_t four;
       std::memcpy(&four, q, 4);
-      return shift_left<7>(
-          vdotq_s32(zero_i(), Neon::load(codes + at), vreinterpretq_s8_s32(vdupq_n_s32(four))));
+      return vdotq_s32(sum, Neon::load(codes + at), vreinterpretq_s8_s32(vdupq_n_s32(four)));
     }
     void begin(const I (&base)[kTokens]) { acc = base[0]; }
     void add(const Codes& codes, int8x8_t q) {
@@ -383,11 +392,11 @@ struct Neon {
       std::memcpy(&four, q, 4);
       return vreinterpretq_s8_s32(vdupq_n_s32(four));
     }
-    static I multiply_loud(const uint8_t* codes, uint32_t at, const int8_t* q) {
+    static I add_loud(I sum, const uint8_t* codes, uint32_t at, const int8_t* q) {
       DotCore high;
-      high.begin({zero_i()});
+      high.begin({sum});
       high.add(load(codes + at), broadcast(q));
-      return shift_left<7>(high.sum(0));
+      return high.sum(0);
     }
     void begin(const I (&base)[kTokens]) {
       total = base[0];

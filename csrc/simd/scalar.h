@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "core/half.h"
-#include "layout/lut.h"
+#include "layout/rows.h"
 
 // Portable stand-in for a 128-bit ISA: the same operations as the other headers of this folder,
 // which are described in simd/README.md, on arrays of 16 bytes.
@@ -240,6 +240,18 @@ struct Scalar {
     for (const float lane : a.v) largest = lane > largest ? lane : largest;
     return largest;
   }
+  static float lane(const F& a) { return a.v[0]; }
+  template <int kDistance>
+  static F swap(const F& a) {
+    F swapped;
+    for (int i = 0; i < 4; ++i) swapped.v[i] = a.v[i ^ kDistance];
+    return swapped;
+  }
+  static uint32_t equal_lanes(const F& a, const F& b) {
+    uint32_t lanes = 0;
+    for (int i = 0; i < 4; ++i) lanes |= static_cast<uint32_t>(a.v[i] == b.v[i]) << i;
+    return lanes;
+  }
 
   static void prefetch(const uint8_t*) {}
   static void prefetch_near(const uint8_t*) {}
@@ -352,7 +364,7 @@ struct Scalar {
     using Codes = B;
     static constexpr int kTokens = 1, kQuads = 1;
     static constexpr int kTokenBytes = 64;
-    static constexpr int kRun = 16;
+    static constexpr int kRun = kMostQuads;
     static constexpr bool kHasTotal = true;
     static constexpr bool kBiased = kCentred;
     static constexpr bool kHalved = false;
@@ -364,10 +376,10 @@ struct Scalar {
       for (int i = 0; i < 16; ++i) b.v[i] = q[i % 4];
       return b;
     }
-    static I multiply_loud(const uint8_t* codes, uint32_t at, const int8_t* q) {
-      DotCore high{zero_i()};
+    static I add_loud(const I& sum, const uint8_t* codes, uint32_t at, const int8_t* q) {
+      DotCore high{sum};
       high.add(load(codes + at), broadcast(q));
-      return shift_left<7>(high.acc);
+      return high.acc;
     }
     void begin(const I (&base)[kTokens]) { acc = base[0]; }
     void add(const B& codes, const B& q) {

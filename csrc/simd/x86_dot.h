@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "layout/rows.h"
+
 // Dot products of unpacked codes u of kBits bits with int8 activations q, |q| <= 127, for the
 // vectors V of the x86 instruction sets: each lane of 32 bits adds up R of one row, centred or not
 // (kernels/multiply_rows.inl). The names are described in simd/README.md.
@@ -23,7 +25,7 @@ struct FoursCore {
   using Codes = I;
   static constexpr int kTokens = 1, kQuads = 1;
   static constexpr int kTokenBytes = 64;
-  static constexpr int kRun = 16;
+  static constexpr int kRun = kMostQuads;
   static constexpr bool kHasTotal = true;
   static constexpr bool kBiased = kCentred;
   static constexpr bool kHalved = kHalves;
@@ -31,9 +33,8 @@ struct FoursCore {
 
   static Codes load(const uint8_t* codes) { return V::load_i(codes); }
   static I broadcast(const int8_t* q) { return broadcast_four<V>(q); }
-  static I multiply_loud(const uint8_t* codes, uint32_t at, const int8_t* q) {
-    return V::template shift_left<7>(
-        V::multiply_fours(V::zero_i(), load(codes + at), broadcast(q)));
+  static I add_loud(I sum, const uint8_t* codes, uint32_t at, const int8_t* q) {
+    return V::multiply_fours(sum, load(codes + at), broadcast(q));
   }
   void begin(const I (&base)[kTokens]) { acc = base[0]; }
   void add(Codes codes, I q) { acc = V::multiply_fours(acc, codes, q); }
@@ -58,9 +59,9 @@ struct FoursDot {
 
 // The loud quad with maddubs: high parts are at most 64, and 2 * 255 * 64 < 2^15.
 template <typename V>
-inline typename V::I multiply_loud_pairs(const uint8_t* codes, const int8_t* q) {
-  return V::multiply_words(V::multiply_pairs(V::load_i(codes), broadcast_four<V>(q)),
-                           V::set_words(128));
+inline typename V::I add_loud_pairs(typename V::I sum, const uint8_t* codes, const int8_t* q) {
+  const auto pairs = V::multiply_pairs(V::load_i(codes), broadcast_four<V>(q));
+  return V::add_i(sum, V::multiply_words(pairs, V::set_words(1)));
 }
 
 // With maddubs: 2 products an int16 lane, kRuns of which fit; then madd to int32, centred with 2.
@@ -71,15 +72,15 @@ struct PairsCore {
   static constexpr int kTokens = 1, kQuads = 1;
   static constexpr int kTokenBytes = 64;
   static constexpr int kRun = kRuns;
-  static constexpr bool kHasTotal = kRun < 16;
+  static constexpr bool kHasTotal = kRun < kMostQuads;
   static constexpr bool kBiased = kCentred;
   static constexpr bool kHalved = false;
   I total, pairs;
 
   static Codes load(const uint8_t* codes) { return V::load_i(codes); }
   static I broadcast(const int8_t* q) { return broadcast_four<V>(q); }
-  static I multiply_loud(const uint8_t* codes, uint32_t at, const int8_t* q) {
-    return multiply_loud_pairs<V>(codes + at, q);
+  static I add_loud(I sum, const uint8_t* codes, uint32_t at, const int8_t* q) {
+    return add_loud_pairs<V>(sum, codes + at, q);
   }
   void begin(const I (&base)[kTokens]) {
     total = base[0];
@@ -114,7 +115,7 @@ struct WordsCore {
   };
   static constexpr int kTokens = 1, kQuads = 1;
   static constexpr int kTokenBytes = 128;
-  static constexpr int kRun = 16;
+  static constexpr int kRun = kMostQuads;
   static constexpr bool kHasTotal = true;
   static constexpr bool kBiased = kCentred;
   static constexpr bool kHalved = false;
@@ -131,8 +132,8 @@ struct WordsCore {
   static Codes broadcast(const int8_t* q) {
     return {broadcast_four<V>(q), broadcast_four<V>(q + kTokenBytes / 2)};
   }
-  static I multiply_loud(const uint8_t* codes, uint32_t at, const int8_t* q) {
-    return multiply_loud_pairs<V>(codes + at, q);
+  static I add_loud(I sum, const uint8_t* codes, uint32_t at, const int8_t* q) {
+    return add_loud_pairs<V>(sum, codes + at, q);
   }
   // q [64] -> [2][64], as broadcast takes them.
   static void widen(const int8_t* q, int8_t* out) {
@@ -158,10 +159,15 @@ struct WordsCore {
   static I odd_bytes(I bytes) { return V::template shift_words_right<8>(bytes); }
 };
 
-// A maddubs is at most 2 (2^b - 1) 127: as many as stay below 2^15, or a whole region.
+// A maddubs is at most 2 (2^b - 1) 127: as many as stay below 2^15, or all.
 constexpr int pairs_run(int bits) {
   const int fit = INT16_MAX / (2 * ((1 << bits) - 1) * 127);
-  return fit >= 16 ? 16 : fit >= 8 ? 8 : fit >= 4 ? 4 : fit >= 2 ? 2 : fit;
+  return fit >= kMostQuads ? kMostQuads
+         : fit >= 16       ? 16
+         : fit >= 8        ? 8
+         : fit >= 4        ? 4
+         : fit >= 2        ? 2
+                           : fit;
 }
 
 template <typename V, int kRun, bool kCentred>
