@@ -10,7 +10,7 @@
 
 // Weights of each tile that are unpacked together, for all tokens: they stay in the first-level
 // cache.
-constexpr int kSlabRegions = 4;
+constexpr int kSlabRegions = 6;
 constexpr int kSlabChunks = kSlabRegions * kRegionChunks;
 
 // The weights that one group has in one region, or in two that share their unit.
@@ -451,8 +451,7 @@ struct PlaneCodes {
   }
 };
 
-// Ternary codes, as of 2 bits. A slab is as many weights of one group as whole ternary chunks and
-// whole regions have in common.
+// Ternary codes, as of 2 bits. A slab belongs to one group.
 struct TernaryCodes {
   static constexpr int kBits = 2;
   static constexpr int kChunks = kTernaryChunkWeights / kChunkWeights;
@@ -460,9 +459,9 @@ struct TernaryCodes {
     return ceil_div(spec.weights_in(g), kChunkWeights);
   }
   static int64_t slab_end(const SlabCursor& at) {
-    constexpr int64_t kEnd = kChunks * kRegionChunks;
-    static_assert(kEnd <= kSlabChunks && kEnd % kChunks == 0 && kEnd % kRegionChunks == 0);
-    return at.chunk + kEnd < at.group_end ? at.chunk + kEnd : at.group_end;
+    static_assert(kSlabChunks % kChunks == 0);
+    const int64_t end = at.chunk + kSlabChunks;
+    return end < at.group_end ? end : at.group_end;
   }
   static bool ends_groups(const LinearSpec&) { return false; }
 
