@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from reference import (
     EXACT_MAX,
     INT8_MAX,
+    ROW_REGION,
     ROWS8,
     STEPS,
     Cut,
@@ -136,9 +137,9 @@ def integer_activations(
     of 16, which are zero.
 
     In each region one value has the largest size there is: for int8 tables the sum of |x| of a
-    table, for other arithmetic an |x|. For ROWS8 another one, of the same half but not of the same
-    4, is up to 8128 (the only one if there are no others), and one of the other half. The others
-    are at most `quiet`.
+    table, for other arithmetic an |x|. For ROWS8 another one of the same 64, but not of the same 4,
+    is up to 8128 (the only one if there are no others), and so is one of other 64. The others are
+    at most `quiet`.
     """
     x = np.append(rng.integers(-quiet // step, quiet // step, q.k, endpoint=True) * step, 0.0)
     cut = cut_of(q, kind)
@@ -159,17 +160,16 @@ def integer_activations(
         else:
             x[at] = STEPS[kind] * (4 if kind == "exact" else 1) * rng.choice([-1, 1])
         if kind == ROWS8:
-            half, other_half = np.split(region.ravel(), 2)
-            if at not in half:
-                half, other_half = other_half, half
-            place = np.flatnonzero(half == at)[0] // 4
-            others = np.delete(half, np.s_[4 * place : 4 * place + 4])
+            parts = region.reshape(-1, ROW_REGION)
+            own = next(part for part in parts if at in part)
+            place = np.flatnonzero(own == at)[0] // 4
+            others = np.delete(own, np.s_[4 * place : 4 * place + 4])
             others = others[others < q.k]
             loud = max(INT8_MAX, 64 * quiet) if len(others) else EXACT_MAX
             x[rng.choice(others) if len(others) else at] = loud * rng.choice([-1, 1])
-            other_half = other_half[other_half < q.k]
-            if len(other_half):
-                x[rng.choice(other_half)] = loud * rng.choice([-1, 1])
+            for part in parts:
+                if at not in part and (part < q.k).any():
+                    x[rng.choice(part[part < q.k])] = loud * rng.choice([-1, 1])
     return x[:-1].astype(np.float32)
 
 

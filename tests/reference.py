@@ -58,9 +58,9 @@ ROW_REGION = 64
 """Weights of a region in products of more."""
 
 ROWS8 = "rows8"
-"""The arithmetic of `int8` for more tokens: activations rounded to 8 bits with one unit for two
-regions, but the 4 with the largest of each region to 14 bits: next to it the others would lose most
-of theirs."""
+"""The arithmetic of `int8` for more tokens: activations rounded to 8 bits with one unit for a
+region, or for two where groups have as many weights, but the 4 with the largest of each region to
+14 bits: next to it the others would lose most of theirs."""
 
 STEPS = {"int8": INT8_MAX, ROWS8: INT8_MAX, "exact": EXACT_MAX, "exact8": INT8_MAX}
 """How many steps the largest value of a table has at most."""
@@ -138,7 +138,9 @@ class Product:
 
 def cut_of(q: QuantTensor, kind: str) -> Cut:
     """How arithmetic of that kind cuts a row into regions. ROWS8 knows no ternary tables."""
-    return ROWS if kind == ROWS8 else CUTS[q.encoding]
+    if kind != ROWS8:
+        return CUTS[q.encoding]
+    return SHARED_ROWS if q.n_groups == 1 or q.group_size % SHARED_ROWS.region == 0 else PLANES
 
 
 def chunked(q: QuantTensor, kind: str) -> tuple[NDArray[np.int64], list[int]]:
@@ -195,7 +197,7 @@ def sum_of_halves(limits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 PLANES = Cut(4, 8, 64, 85, 15, sum_of_halves)
-ROWS = replace(PLANES, region=2 * ROW_REGION)
+SHARED_ROWS = replace(PLANES, region=2 * ROW_REGION)
 CUTS = {
     "uniform": PLANES,
     "bcq": PLANES,
@@ -227,8 +229,8 @@ def product(q: QuantTensor, x: NDArray[np.float32], kind: str) -> Product:
     if kind == "exact8":
         limits[:] = limits.max()
     elif kind == ROWS8:
-        halves = of_tables.reshape(n_regions, 2, -1)  # each has a loud quad
-        second = np.sort(halves, axis=2)[:, :, -2].max(1).astype(np.float64)
+        by_loud_quad = of_tables.reshape(n_regions, -1, ROW_REGION // cut.table)
+        second = np.sort(by_loud_quad, axis=2)[:, :, -2].max(1).astype(np.float64)
         limits = np.maximum(second, limits * INT8_MAX / EXACT_MAX)
     # Where the inverse of the unit would overflow, x counts as zero.
     scratch = of_tables.copy()

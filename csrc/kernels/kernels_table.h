@@ -34,9 +34,11 @@ struct Kernels {
 
   // Two regions x [2][64] of one token as integers: those of the first into out [parts][12][64],
   // with sums and unit in lane `lane` of `region` and, unless null, `chunks`; the second ones
-  // follow in the order of layout/rows.h. Units and to_token_units as above.
-  void (*quantize_row_regions)(const float* x, Tables tables, float to_token_units, int lane,
-                               int8_t* out, RowRegion* region, RowChunks* chunks);
+  // follow in the order of layout/rows.h. Units and to_token_units as above; `shares_unit` is for
+  // Tables::kInt8.
+  void (*quantize_row_regions)(const float* x, Tables tables, bool shares_unit,
+                               float to_token_units, int lane, int8_t* out, RowRegion* region,
+                               RowChunks* chunks);
   // y[t, 0..rows) of one tile, or of two if rows > 32, for all tokens of x; rows of y are `stride`
   // apart. By kind of integers, then by bits - 1.
   using MultiplyRows = void (*)(const LinearSpec& spec, const uint8_t* tile, const RowView& x,

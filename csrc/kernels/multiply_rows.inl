@@ -19,11 +19,11 @@ struct Segment {
   int64_t region;
   int first_chunk;  // of the region
   int chunks;
+  bool begins_group;
+  const uint16_t* scales;  // of the group that ends here, or null
 
   int regions() const { return chunks > kRegionChunks ? kRowRegions : 1; }
   bool whole() const { return chunks % kRegionChunks == 0; }
-  bool begins_group;
-  const uint16_t* scales;  // of the group that ends here, or null
 };
 
 // What one segment needs of each token.
@@ -487,9 +487,9 @@ constexpr OnesInHalf kOnesInHalf;
 
 // Cuts the slab that begins at `at` into segments, and unpacks it into `codes`. All of these move
 // on to the next slab.
-template <typename S, typename Dot, typename Code, bool kSharedUnits>
-int unpack_slab(const LinearSpec& spec, int64_t n_chunks, SlabCursor& at, uint8_t* codes,
-                Segment* segments) {
+template <typename S, typename Dot, typename Code>
+int unpack_slab(const LinearSpec& spec, int64_t n_chunks, bool shares_units, SlabCursor& at,
+                uint8_t* codes, Segment* segments) {
   const int64_t full_end = Code::slab_end(at);
   const int64_t slab_end = full_end < n_chunks ? full_end : n_chunks;
   int n_segments = 0;
@@ -500,7 +500,7 @@ int unpack_slab(const LinearSpec& spec, int64_t n_chunks, SlabCursor& at, uint8_
       const int64_t region = at.chunk / kRegionChunks;
       constexpr int64_t kSharedChunks = kRowRegions * kRegionChunks;
       const bool shared =
-          kSharedUnits && at.chunk % kSharedChunks == 0 && at.chunk + kSharedChunks <= run_end;
+          shares_units && at.chunk % kSharedChunks == 0 && at.chunk + kSharedChunks <= run_end;
       const int64_t region_end = (region + (shared ? kRowRegions : 1)) * kRegionChunks;
       const int64_t end = region_end < run_end ? region_end : run_end;
       segments[n_segments++] = {codes,
@@ -574,6 +574,7 @@ void multiply_rows(const LinearSpec& spec, const uint8_t* tile, const RowView& x
   constexpr int64_t kRegionBytes = RowView::region_bytes(row_parts(kTables));
   const float centre = spec.offset_kind == OffsetKind::kNone ? kCentre - spec.zero : kCentre;
   const int n_tiles = rows > kTileRows ? 2 : 1;
+  const bool shares_units = !kCentred && x.shares_units;
   const int64_t n_blocks = x.blocks.n_blocks();
   int64_t n_chunks = 0;
   for (int64_t g = 0; g < spec.n_groups(); ++g) n_chunks += Code::group_chunks(spec, g);
@@ -593,7 +594,7 @@ void multiply_rows(const LinearSpec& spec, const uint8_t* tile, const RowView& x
     int n_segments = 0;
     for (int i = 0; i < n_tiles; ++i) {
       n_segments =
-          unpack_slab<S, Dot, Code, !kCentred>(spec, n_chunks, at[i], codes[i], segments[i]);
+          unpack_slab<S, Dot, Code>(spec, n_chunks, shares_units, at[i], codes[i], segments[i]);
     }
     const bool ends = at[0].chunk >= n_chunks;
     for (int64_t block = 0; block < n_blocks; ++block) {

@@ -190,31 +190,45 @@ struct RowInput {
 
 // x [2][64]; to_token_units is for Tables::kExact8. To `out`, `region` and `chunks` of the first.
 template <typename S>
-TMAC_FLATTEN void quantize_row_regions(const float* x, Tables tables, float to_token_units,
-                                       int lane, int8_t* out, RowRegion* region,
-                                       RowChunks* chunks) {
+TMAC_FLATTEN void quantize_row_regions(const float* x, Tables tables, bool shares_unit,
+                                       float to_token_units, int lane, int8_t* out,
+                                       RowRegion* region, RowChunks* chunks) {
   using N = typename S::Narrow;
   RowInput<N> inputs[kRowRegions];
   for (int i = 0; i < kRowRegions; ++i) inputs[i].measure(x + i * kRegionWeights);
-  static_assert(kRowRegions == 2);
-  const auto& a = inputs[0].largest;
-  const auto& b = inputs[1].largest;
-  // The loud quads have 8128 / 127 = 64 times the range of the others.
-  const auto least = N::mul(N::max(a.first, b.first), N::set(1.0f / 64));
-  const auto limit = N::max(N::max(a.second, b.second), least);
-  const auto poison = N::add(inputs[0].poison, inputs[1].poison);
-  const Scale shared = choose_scale(N::lane(limit), N::sum(poison), kInt8Max);
+  Scale scales[kRowRegions];
+  if (tables == Tables::kExact8) {
+    for (int i = 0; i < kRowRegions; ++i) {
+      scales[i] = choose_token_scale(N::sum(inputs[i].poison), to_token_units);
+    }
+  } else if (tables == Tables::kExact) {
+    for (int i = 0; i < kRowRegions; ++i) {
+      scales[i] = choose_scale(N::lane(inputs[i].largest.first), N::sum(inputs[i].poison),
+                               kExactMultiplier * kExactMax);
+    }
+  } else {
+    typename N::F limits[kRowRegions], poisons[kRowRegions];
+    for (int i = 0; i < kRowRegions; ++i) {
+      // The loud quad has 8128 / 127 = 64 times the range of the others.
+      const auto least = N::mul(inputs[i].largest.first, N::set(1.0f / 64));
+      limits[i] = N::max(inputs[i].largest.second, least);
+      poisons[i] = inputs[i].poison;
+    }
+    if (shares_unit) {
+      static_assert(kRowRegions == 2);
+      limits[0] = N::max(limits[0], limits[1]);
+      poisons[0] = N::add(poisons[0], poisons[1]);
+    }
+    for (int i = 0; i < kRowRegions; ++i) {
+      const bool shared = shares_unit && i > 0;
+      scales[i] =
+          shared ? scales[0] : choose_scale(N::lane(limits[i]), N::sum(poisons[i]), kInt8Max);
+    }
+  }
   const int64_t stride = RowView::region_bytes(row_parts(tables));
   for (int i = 0; i < kRowRegions; ++i) {
-    Scale scale = shared;
-    if (tables == Tables::kExact8) {
-      scale = choose_token_scale(N::sum(inputs[i].poison), to_token_units);
-    } else if (tables == Tables::kExact) {
-      scale = choose_scale(N::lane(inputs[i].largest.first), N::sum(inputs[i].poison),
-                           kExactMultiplier * kExactMax);
-    }
     auto* numbers = reinterpret_cast<RowRegion*>(reinterpret_cast<uint8_t*>(region) + i * stride);
-    inputs[i].write(tables, scale, lane, out + i * stride, numbers,
+    inputs[i].write(tables, scales[i], lane, out + i * stride, numbers,
                     chunks == nullptr ? nullptr : chunks + i);
   }
 }

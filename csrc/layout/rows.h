@@ -15,8 +15,7 @@ constexpr int kLoudShift = 7;    // the two parts of a loud quad: q = 2^7 * high
 constexpr int kLoudBase = 1 << kLoudShift;
 constexpr int kQuadWeights = 4;  // that one dot product takes
 constexpr int kQuadCodes = kTileRows * kQuadWeights;
-// Regions that are built together, 2 i and 2 i + 1 of a reader's. With Tables::kInt8 they share
-// their unit, so that products convert the sum of both to floats at once.
+// Regions that are built together, 2 i and 2 i + 1 of a reader's.
 constexpr int kRowRegions = 2;
 constexpr int kRowRegionsWeights = kRowRegions * kRegionWeights;
 constexpr int kMostQuads = kRowRegionsWeights / kQuadWeights;  // that products add up at once
@@ -29,6 +28,13 @@ inline bool serves_rows(const LinearSpec& spec, Tables tables) {
   if (!spec.ternary()) return true;
   return tables != Tables::kExact &&
          (spec.n_groups() == 1 || spec.group_size % kRegionWeights == 0);
+}
+
+// True if no group of the matrix, which they serve, ends between two regions that are built
+// together. Where this is so of all readers, such regions share their unit with Tables::kInt8:
+// products convert the sum of both to floats at once.
+inline bool can_share_units(const LinearSpec& spec) {
+  return spec.n_groups() == 1 || spec.group_size % kRowRegionsWeights == 0;
 }
 
 // True if a group of the matrix, which they serve, ends within a region.
@@ -85,6 +91,7 @@ struct RowView {
   float* token_unit;  // [blocks][16] factor of the token's product
   int64_t stride;     // regions of a block
   int parts;
+  bool shares_units;
   RowBlocks blocks;
 
   static constexpr int64_t region_bytes(int parts) {

@@ -140,8 +140,8 @@ struct Decoder::Pass {
           return std::min(std::clamp<int64_t>(piece - before, 0, here) * at_once,
                           p.w.spec.n_tiles());
         };
-        multiply_tiles(team, p.w, a.inputs, plan.regions(tokens).first(reader++), tokens,
-                       tile(begin), tile(end), p.y, p.w.spec.m);
+        multiply_tiles(team, p.w, a.inputs, plan, reader++, tokens, tile(begin), tile(end), p.y,
+                       p.w.spec.m);
         before += here;
       }
     });
@@ -150,8 +150,7 @@ struct Decoder::Pass {
   // x += w . input
   void multiply_add(const Linear& w, Inputs& inputs, const InputPlan& plan) {
     for_tiles(team, w.spec.n_tiles(), tiles_at_once(n), [&](int64_t begin, int64_t end) {
-      multiply_tiles(team, w, inputs, plan.regions(n).first(0), n, begin, end, a.delta.data(),
-                     hidden);
+      multiply_tiles(team, w, inputs, plan, 0, n, begin, end, a.delta.data(), hidden);
       const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, hidden);
       for (int64_t t = 0; t < n; ++t) {
         isa.add(a.x.data() + t * hidden + row, a.delta.data() + t * hidden + row, row_end - row);
@@ -206,10 +205,8 @@ struct Decoder::Pass {
     static_assert(kRowRegionsWeights % (kTilesAtOnce * kTileRows) == 0);
     const int64_t at_once = weights_at_once(n) / kTileRows;
     for_tiles(team, w.gate.spec.n_tiles(), at_once, [&](int64_t begin, int64_t end) {
-      multiply_tiles(team, w.gate, a.inputs, plans.gate_up.regions(n).first(0), n, begin, end,
-                     a.gate.data(), width);
-      multiply_tiles(team, w.up, a.inputs, plans.gate_up.regions(n).first(1), n, begin, end,
-                     a.up.data(), width);
+      multiply_tiles(team, w.gate, a.inputs, plans.gate_up, 0, n, begin, end, a.gate.data(), width);
+      multiply_tiles(team, w.up, a.inputs, plans.gate_up, 1, n, begin, end, a.up.data(), width);
       const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, width);
       for (int64_t t = 0; t < n; ++t) {
         isa.silu_multiply(a.gate.data() + t * width + row, a.up.data() + t * width + row,

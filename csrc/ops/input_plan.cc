@@ -32,6 +32,7 @@ InputPlan::InputPlan(std::initializer_list<LinearSpec> readers) : k_(readers.beg
     tables_.add_reader(InputShape::of_tables(spec));
     rows_.add_reader(InputShape::of_rows(spec));
     cuts_regions_ |= tmac::cuts_regions(spec);
+    shares_units_ &= can_share_units(spec);
     for (int kind = 0; kind < kTableKinds; ++kind) {
       serves_rows_[kind] &= tmac::serves_rows(spec, static_cast<Tables>(kind));
       prefers_tables_[kind] &= prefers_tables_for(spec, static_cast<Tables>(kind));

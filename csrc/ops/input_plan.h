@@ -129,14 +129,15 @@ class InputPlan {
   // True if all readers can multiply integers of that kind; if all are faster with tables.
   bool serves_rows(Tables tables) const { return serves_rows_[static_cast<int>(tables)]; }
   bool prefers_tables(Tables tables) const { return prefers_tables_[static_cast<int>(tables)]; }
-  // True if groups of a reader end within a region of integers.
+  // True if groups of a reader end within a region of integers; if regions share units.
   bool cuts_regions() const { return cuts_regions_; }
+  bool shares_units() const { return shares_units_; }
 
  private:
   int64_t k_;
   InputRegions tables_, rows_;
   bool serves_rows_[kTableKinds], prefers_tables_[kTableKinds];
-  bool cuts_regions_ = false;
+  bool cuts_regions_ = false, shares_units_ = true;
 };
 
 }  // namespace tmac

@@ -29,12 +29,13 @@ Rows::Rows(Tables tables, int64_t max_regions, int64_t max_tokens, int64_t threa
       token_unit_(max_blocks_ * kTokenLanes),
       sums_(threads * RowSums::size(max_blocks_)) {}
 
-RowView Rows::view(int64_t n_tokens, int64_t first_region) {
+RowView Rows::view(const InputPlan& plan, int64_t n_tokens, int64_t first_region) {
   return {regions_.data() + first_region * RowView::region_bytes(parts_),
           chunks_.data() + first_region,
           token_unit_.data(),
           max_regions_,
           parts_,
+          plan.shares_units(),
           {n_tokens}};
 }
 
@@ -77,13 +78,14 @@ void Inputs::build_region(const InputPlan& plan, int64_t n_tokens, int64_t token
     return;
   }
   const auto quantize = kernels().quantize_row_regions;
-  const RowView view = rows_.view(n_tokens, 0);
+  const RowView view = rows_.view(plan, n_tokens, 0);
   int8_t* out = view.integers_at(place.block, region) + place.lane * kRegionWeights;
   RowRegion* numbers = &view.region(place.block, region);
   RowChunks* chunks = plan.cuts_regions() ? &view.chunks_of(place.block, region) : nullptr;
-  quantize(values, tables_, to_units, place.lane, out, numbers, chunks);
+  quantize(values, tables_, view.shares_units, to_units, place.lane, out, numbers, chunks);
   if (token % 2 == 0 && token + 1 == n_tokens) {  // kernels compute the missing token too
-    quantize(values, tables_, to_units, place.lane + 1, out + kRegionWeights, numbers, chunks);
+    quantize(values, tables_, view.shares_units, to_units, place.lane + 1, out + kRegionWeights,
+             numbers, chunks);
   }
 }
 

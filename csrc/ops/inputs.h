@@ -42,7 +42,7 @@ class Luts {
 class Rows {
  public:
   Rows(Tables tables, int64_t max_regions, int64_t max_tokens, int64_t threads);
-  RowView view(int64_t n_tokens, int64_t first_region);
+  RowView view(const InputPlan& plan, int64_t n_tokens, int64_t first_region);
   float& token_unit(int64_t n_tokens, int64_t token);
   RowSums sums(int thread);
 

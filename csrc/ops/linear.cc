@@ -37,14 +37,15 @@ void look_up_tiles(const Linear& w, Inputs& inputs, int64_t first_region, int64_
 
 }  // namespace
 
-void multiply_tiles(const Team& team, const Linear& w, Inputs& inputs, int64_t first_region,
-                    int64_t n_tokens, int64_t tile_begin, int64_t tile_end, float* y,
+void multiply_tiles(const Team& team, const Linear& w, Inputs& inputs, const InputPlan& plan,
+                    size_t reader, int64_t n_tokens, int64_t tile_begin, int64_t tile_end, float* y,
                     int64_t stride) {
+  const int64_t first_region = plan.regions(n_tokens).first(reader);
   if (reads_tables(n_tokens)) {
     look_up_tiles(w, inputs, first_region, n_tokens, tile_begin, tile_end, y, stride);
     return;
   }
-  const RowView view = inputs.rows().view(n_tokens, first_region);
+  const RowView view = inputs.rows().view(plan, n_tokens, first_region);
   const auto kind = static_cast<size_t>(inputs.tables());
   const auto multiply = w.spec.ternary() ? kernels().multiply_ternary_rows[kind]
                                          : kernels().multiply_rows[kind][w.spec.bits - 1];
@@ -71,8 +72,7 @@ void linear_forward(const Linear& w, Tables tables, const float* x, int64_t n, f
       const int64_t tokens = std::min(at_once, n - first);
       inputs.build_all(team, plan, tokens, x + first * k, k);
       for_tiles(team, w.spec.n_tiles(), tiles_at_once(tokens), [&](int64_t begin, int64_t end) {
-        multiply_tiles(team, w, inputs, plan.regions(tokens).first(0), tokens, begin, end,
-                       y + first * m, m);
+        multiply_tiles(team, w, inputs, plan, 0, tokens, begin, end, y + first * m, m);
       });
     }
   });

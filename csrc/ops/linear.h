@@ -14,10 +14,10 @@ struct Linear {
   const uint8_t* packed = nullptr;  // [spec.packed_bytes()]
 };
 
-// y[t, 32 * tile...] = w . x_t for the tiles [tile_begin, tile_end) and t < n_tokens, where the
-// regions of w begin at `first_region` of the inputs. Rows of y are `stride` apart.
-void multiply_tiles(const Team& team, const Linear& w, Inputs& inputs, int64_t first_region,
-                    int64_t n_tokens, int64_t tile_begin, int64_t tile_end, float* y,
+// y[t, 32 * tile...] = w . x_t for the tiles [tile_begin, tile_end) and t < n_tokens, where w is a
+// reader of the plan that the inputs were built for. Rows of y are `stride` apart.
+void multiply_tiles(const Team& team, const Linear& w, Inputs& inputs, const InputPlan& plan,
+                    size_t reader, int64_t n_tokens, int64_t tile_begin, int64_t tile_end, float* y,
                     int64_t stride);
 
 // Calls work(begin, end) over runs of tiles that the team shares out, `at_once` tiles to a piece.
