@@ -10,6 +10,7 @@ import pytest
 from tmac_py import Model, _core
 from tmac_py.converters import convert
 from tmac_py.default_model import DEFAULT_MODELS, fetch_gguf
+from tmac_py.filelock import lock_file
 
 MODEL = "smollm2-135m"
 
@@ -23,8 +24,10 @@ def default_gguf(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathF
     cache = getattr(pytestconfig, "cache", None)
     folder = tmp_path_factory.mktemp("models") if cache is None else cache.mkdir("models")
     path = Path(folder) / Path(DEFAULT_MODELS[MODEL].member).name
-    if not path.is_file():
-        fetch_gguf(MODEL, path)
+    lock = path.with_name(f"{path.name}.lock")  # of two workers one downloads
+    with lock_file(lock, waiting=lambda: None):
+        if not path.is_file():
+            fetch_gguf(MODEL, path)
     return path
 
 
