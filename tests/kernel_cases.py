@@ -23,6 +23,7 @@ from reference import (
     cut_of,
     largest_multipliers,
     product,
+    shared_regions,
     table_limits,
 )
 from tmac_py.quant import QuantTensor, bcq_tensor, quantize_rtn, symmetric_zero, ternary_tensor
@@ -137,13 +138,18 @@ def integer_activations(
     of 16, which are zero.
 
     In each region one value has the largest size there is: for int8 tables the sum of |x| of a
-    table, for other arithmetic an |x|. For ROWS8 another one of the same 64, but not of the same 4,
-    is up to 8128 (the only one if there are no others), and so is one of other 64. The others are
-    at most `quiet`.
+    table, for other arithmetic an |x|. For ROWS8 one in each loud quad, which are others, is up to
+    8128 (that value itself if there are no other quads). The others are at most `quiet`.
     """
     x = np.append(rng.integers(-quiet // step, quiet // step, q.k, endpoint=True) * step, 0.0)
     cut = cut_of(q, kind)
-    for region in chunked(q, kind)[0]:
+    positions, _, n_chunks = chunked(q, kind)
+    together = shared_regions(q) if kind == ROWS8 else 1
+    whole = n_chunks // (cut.chunks * together) * together
+    for region in [
+        *positions[:whole].reshape(-1, together * cut.chunks, cut.chunk),
+        *positions[whole:],
+    ]:
         real = region[region < q.k]
         if len(real) == 0:
             continue
@@ -160,16 +166,12 @@ def integer_activations(
         else:
             x[at] = STEPS[kind] * (4 if kind == "exact" else 1) * rng.choice([-1, 1])
         if kind == ROWS8:
-            parts = region.reshape(-1, ROW_REGION)
-            own = next(part for part in parts if at in part)
-            place = np.flatnonzero(own == at)[0] // 4
-            others = np.delete(own, np.s_[4 * place : 4 * place + 4])
-            others = others[others < q.k]
-            loud = max(INT8_MAX, 64 * quiet) if len(others) else EXACT_MAX
-            x[rng.choice(others) if len(others) else at] = loud * rng.choice([-1, 1])
-            for part in parts:
-                if at not in part and (part < q.k).any():
-                    x[rng.choice(part[part < q.k])] = loud * rng.choice([-1, 1])
+            n_loud = region.size // ROW_REGION
+            others = [t[t < q.k] for t in tables if at not in t and (t < q.k).any()]
+            loud = max(INT8_MAX, 64 * quiet) if len(others) >= n_loud else EXACT_MAX
+            chosen = rng.permutation(len(others))[:n_loud]
+            for quad in [others[i] for i in chosen] if len(others) >= n_loud else [np.array([at])]:
+                x[rng.choice(quad)] = loud * rng.choice([-1, 1])
     return x[:-1].astype(np.float32)
 
 
@@ -357,10 +359,9 @@ def invariance_cases(tables: str, bits: int) -> list[LinearCase]:
     rng = np.random.default_rng(abs(bits))
     w = rng.normal(size=(300, 296)).astype(np.float32)
     x = random_activations(rng, "gaussian", 37, 296)
-    # Ternary weights take integers only where no group begins within a region.
     return [
         LinearCase(f"invariance n={n} group_size={group_size}", q, x[:n], tables)
-        for group_size in ((48, 296) if bits == TERNARY else (48,))
+        for group_size in (48, 128, 296)
         for q in [rounded_matrix(w, bits, group_size, asym=True)]
         for n in (13, 37)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -59,8 +59,8 @@ ROW_REGION = 64
 
 ROWS8 = "rows8"
 """The arithmetic of `int8` for more tokens: activations rounded to 8 bits with one unit for a
-region, or for two where groups have as many weights, but the 4 with the largest of each region to
-14 bits: next to it the others would lose most of theirs."""
+region, but the 4 with the largest, its loud quad, to 14 bits: next to it the others would lose most
+of theirs. Where groups have as many weights two regions share their unit and two loud quads."""
 
 STEPS = {"int8": INT8_MAX, ROWS8: INT8_MAX, "exact": EXACT_MAX, "exact8": INT8_MAX}
 """How many steps the largest value of a table has at most."""
@@ -138,14 +138,34 @@ class Product:
 
 def cut_of(q: QuantTensor, kind: str) -> Cut:
     """How arithmetic of that kind cuts a row into regions. ROWS8 knows no ternary tables."""
-    if kind != ROWS8:
-        return CUTS[q.encoding]
-    return SHARED_ROWS if q.n_groups == 1 or q.group_size % SHARED_ROWS.region == 0 else PLANES
+    return PLANES if kind == ROWS8 else CUTS[q.encoding]
 
 
-def chunked(q: QuantTensor, kind: str) -> tuple[NDArray[np.int64], list[int]]:
+def shared_regions(q: QuantTensor) -> int:
+    """How many regions of ROWS8 share a unit and their loud quads, if they are whole."""
+    return 2 if q.n_groups == 1 or q.group_size % (2 * ROW_REGION) == 0 else 1
+
+
+def units_of_rows8(
+    of_quads: NDArray[np.float32], together: int, chunks: int
+) -> NDArray[np.float64]:
+    """What 127 units are in each region of ROWS8, from the largest |x| of its quads
+    [n_regions, 16]; rows have `chunks` chunks."""
+    whole = chunks // (PLANES.chunks * together) * together
+    limits = np.empty(len(of_quads))
+    for part, n in ((slice(0, whole), together), (slice(whole, None), 1)):
+        falling = -np.sort(-of_quads[part].reshape(-1, n * PLANES.tables), axis=1).astype(
+            np.float64
+        )
+        shared = np.maximum(falling[:, n], falling[:, 0] * INT8_MAX / EXACT_MAX)
+        limits[part] = np.repeat(shared, n)
+    return limits
+
+
+def chunked(q: QuantTensor, kind: str) -> tuple[NDArray[np.int64], list[int], int]:
     """Where the weights of a row go: positions [n_regions, chunks, weights] along k (k itself:
-    padding), and the first chunk of each group. A group starts a new chunk."""
+    padding), the first chunk of each group, and the number of chunks without those that fill the
+    last region. A group starts a new chunk."""
     cut = cut_of(q, kind)
     chunks: list[NDArray[np.int64]] = []
     first_of_group = []
@@ -154,9 +174,10 @@ def chunked(q: QuantTensor, kind: str) -> tuple[NDArray[np.int64], list[int]]:
         first_of_group.append(len(chunks))
         chunks += [np.arange(at, at + cut.chunk) for at in range(begin, end, cut.chunk)]
         chunks[-1][chunks[-1] >= end] = q.k
+    n_chunks = len(chunks)
     while len(chunks) % cut.chunks:
         chunks.append(np.full(cut.chunk, q.k))
-    return np.array(chunks).reshape(-1, cut.chunks, cut.chunk), first_of_group
+    return np.array(chunks).reshape(-1, cut.chunks, cut.chunk), first_of_group, n_chunks
 
 
 def table_limits(x: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
@@ -197,7 +218,6 @@ def sum_of_halves(limits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 PLANES = Cut(4, 8, 64, 85, 15, sum_of_halves)
-SHARED_ROWS = replace(PLANES, region=2 * ROW_REGION)
 CUTS = {
     "uniform": PLANES,
     "bcq": PLANES,
@@ -217,7 +237,7 @@ def product(q: QuantTensor, x: NDArray[np.float32], kind: str) -> Product:
     What the core does in float32 is done in float64 here. docs/kernels.md describes the algorithm.
     """
     cut, ternary = cut_of(q, kind), q.encoding == "ternary"
-    positions, first_of_group = chunked(q, kind)
+    positions, first_of_group, n_chunks = chunked(q, kind)
     n_regions = len(positions)
     shape = (n_regions, cut.tables, cut.table)
     codes = np.pad(q.codes, ((0, 0), (0, 1)), constant_values=ternary)[:, positions]
@@ -229,9 +249,7 @@ def product(q: QuantTensor, x: NDArray[np.float32], kind: str) -> Product:
     if kind == "exact8":
         limits[:] = limits.max()
     elif kind == ROWS8:
-        by_loud_quad = of_tables.reshape(n_regions, -1, ROW_REGION // cut.table)
-        second = np.sort(by_loud_quad, axis=2)[:, :, -2].max(1).astype(np.float64)
-        limits = np.maximum(second, limits * INT8_MAX / EXACT_MAX)
+        limits = units_of_rows8(of_tables, shared_regions(q), n_chunks)
     # Where the inverse of the unit would overflow, x counts as zero.
     scratch = of_tables.copy()
     scratch[limits < 2.0**-140] = 1

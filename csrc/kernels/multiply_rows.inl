@@ -6,18 +6,19 @@
 // with R = sum_k (2 u_k - (2^b - 1)) q_k, centred. Those of Tables::kInt8 take codes as they are:
 //   scale * (sum over regions of R * unit  -  zero * sum_k x_k),   R = sum_k u_k q_k,
 // where two regions that share their unit have one R together.
-// R is below 2^30, and below 2^25 for kInt8: 2 * 255 * (60 * 127 + 4 * 8128).
+// R is below 2^30, and below 2^25 for kInt8: 2 * 255 * (60 * 127 + 4 * 8128). Above 2^24 its float
+// is rounded, as everywhere.
 
 // Weights of each tile that are unpacked together, for all tokens: they stay in the first-level
-// cache.
+// cache, or nearly so where it has 32 KB.
 constexpr int kSlabRegions = 6;
 constexpr int kSlabChunks = kSlabRegions * kRegionChunks;
 
 // The weights that one group has in one region, or in two that share their unit.
 struct Segment {
   const uint8_t* codes;  // [2 * chunks][32][4]
-  int64_t region;
-  int first_chunk;  // of the region
+  int64_t region;        // the first
+  int first_chunk;       // of that region
   int chunks;
   bool begins_group;
   const uint16_t* scales;  // of the group that ends here, or null
@@ -158,8 +159,7 @@ struct RowBlock {
     I sum = S::zero_i();
     if constexpr (kLoud) {
       const auto add_loud = [&](int i) {
-        const int at = i * 2 * kRegionChunks * kQuadCodes + v * S::kFloats * kQuadWeights;
-        sum = Dot::add_loud(sum, codes + at, tokens.loud_at[i][t],
+        sum = Dot::add_loud(sum, codes + v * S::kFloats * kQuadWeights, tokens.loud_at[i][t],
                             reinterpret_cast<const int8_t*>(tokens.loud[i] + t));
       };
       add_loud(0);
@@ -187,8 +187,9 @@ struct RowBlock {
     int region = 0;
     do {
       const int before = region * 2 * kRegionChunks;
-      add_quads(codes + before * kQuadCodes, q + region * kRegionBytes, quads, ahead.at(before),
-                dots);
+      const Ahead after{ahead.numbers + region * RowView::region_bytes(kParts),
+                        ahead.product + before * Ahead::kProduct};
+      add_quads(codes + before * kQuadCodes, q + region * kRegionBytes, quads, after, dots);
     } while (kLoud && ++region < tokens.regions);
   }
 

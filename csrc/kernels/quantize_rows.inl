@@ -6,51 +6,51 @@ using RegionIntegers = int32_t[kRegionHalves][kTableWeights][kHalfTables];
 // Where table t of half a region is in the order of deal_to_tables.
 constexpr int dealt_table(int t) { return t % 2 * kHalfChunks + t / 2; }
 
-// The largest and the second largest of some values that are not negative, in all lanes; anything
-// if one is NaN.
-template <typename N>
+// The kCount largest of some values that are not negative, in falling order; anything if one is
+// NaN.
+template <typename N, int kCount>
 struct Largest {
-  typename N::F first = N::set(0), second = N::set(0);
+  typename N::F values[kCount];  // all lanes alike after add_lanes
 
-  void add(typename N::F values) {
-    second = N::max(second, N::min(first, values));
-    first = N::max(first, values);
+  Largest() {
+    for (auto& value : values) value = N::set(0);
   }
-  // Lanes meet those that differ from them in one bit of their number, from that of `distance` on.
+  // Each lane on its own.
+  void add(typename N::F other) {
+    for (auto& value : values) {
+      const auto less = N::min(value, other);
+      value = N::max(value, other);
+      other = less;
+    }
+  }
+  // The |x| of the quads of a region.
+  void add_region(const HalfRegion* halves) {
+    for (int h = 0; h < kRegionHalves; ++h) {
+      for (int t = 0; t < kHalfTables; t += N::kFloats) add(N::load_f(halves[h].limit + t));
+    }
+  }
+  // Lanes meet those that differ from them in one bit of their number, from that of `kDistance` on.
   template <int kDistance = 1>
   void add_lanes() {
     if constexpr (kDistance < N::kFloats) {
-      const auto other = N::template swap<kDistance>(second);
-      add(N::template swap<kDistance>(first));
-      second = N::max(second, other);
+      typename N::F others[kCount];
+      for (int i = 0; i < kCount; ++i) others[i] = N::template swap<kDistance>(values[i]);
+      for (const auto& other : others) add(other);
       add_lanes<2 * kDistance>();
     }
   }
 };
 
-// Of the |x| of a region's quads.
+// The quads of a region whose largest |x| is `limit`: bits in the order of deal_to_tables.
 template <typename N>
-inline Largest<N> find_largest(const HalfRegion* halves) {
-  Largest<N> largest;
-  for (int h = 0; h < kRegionHalves; ++h) {
-    for (int t = 0; t < kHalfTables; t += N::kFloats) {
-      largest.add(N::load_f(halves[h].limit + t));
-    }
-  }
-  largest.add_lanes();
-  return largest;
-}
-
-// A quad whose largest |x| is `limit`, in the order of deal_to_tables.
-template <typename N>
-inline int find_quad(const HalfRegion* halves, typename N::F limit) {
+inline uint32_t find_quads(const HalfRegion* halves, typename N::F limit) {
   uint32_t found = 0;
   for (int h = 0; h < kRegionHalves; ++h) {
     for (int t = 0; t < kHalfTables; t += N::kFloats) {
       found |= N::equal_lanes(N::load_f(halves[h].limit + t), limit) << (h * kHalfTables + t);
     }
   }
-  return found == 0 ? 0 : __builtin_ctz(found);
+  return found;
 }
 
 // All with one step.
@@ -117,28 +117,42 @@ inline void write_bytes(const RegionIntegers& q, int8_t* out) {
   }
 }
 
-// Splits the loud quad, of a region whose bytes are written already.
-inline void write_loud(const RegionIntegers& q, int quad, int lane, int8_t* out,
-                       RowRegion* region) {
+// Splits a loud quad, of a region whose bytes are written already, and returns its table in the
+// region. The upper parts go to high [4].
+inline int split_loud(const RegionIntegers& q, int quad, int8_t* out, void* high) {
   const int half = quad / kHalfTables, at = quad % kHalfTables;
-  int8_t low[kQuadWeights], high[kQuadWeights];
+  int8_t low[kQuadWeights], upper[kQuadWeights];
   for (int i = 0; i < kQuadWeights; ++i) {
     const int32_t value = q[half][i][at];
-    high[i] = static_cast<int8_t>((value + kLoudBase / 2) >> kLoudShift);
-    low[i] = static_cast<int8_t>(value - high[i] * kLoudBase);
+    upper[i] = static_cast<int8_t>((value + kLoudBase / 2) >> kLoudShift);
+    low[i] = static_cast<int8_t>(value - upper[i] * kLoudBase);
   }
   const int table = half * kHalfTables + at % kHalfChunks * 2 + at / kHalfChunks;
   std::memcpy(out + table * kQuadWeights, low, sizeof(low));
-  std::memcpy(&region->loud[lane], high, sizeof(high));
-  region->loud_at[lane] = static_cast<uint32_t>(table * kQuadCodes);
+  std::memcpy(high, upper, sizeof(upper));
+  return table;
 }
+
+// Where the numbers of one token go, in one region.
+struct RowOutput {
+  int8_t* integers;  // [parts][12][64] of the token
+  RowRegion* region;
+  RowChunks* chunks;  // or null
+  int lane;
+
+  RowOutput next(int64_t region_bytes) const {
+    auto* after = reinterpret_cast<uint8_t*>(region) + region_bytes;
+    return {integers + region_bytes, reinterpret_cast<RowRegion*>(after),
+            chunks == nullptr ? nullptr : chunks + 1, lane};
+  }
+};
 
 // The activations of one region.
 template <typename N>
 struct RowInput {
   HalfRegion halves[kRegionHalves];
   typename N::F poison;
-  Largest<N> largest;
+  alignas(64) RegionIntegers q;
 
   void measure(const float* x) {
     poison = N::set(0);
@@ -149,44 +163,86 @@ struct RowInput {
         poison = N::add(poison, N::load_f(halves[h].poison + t));
       }
     }
-    largest = find_largest<N>(halves);
   }
 
-  // Writes integers to out [parts][12][64] of the token, the other numbers to lane `lane` of
-  // `region` and `chunks`.
-  void write(Tables tables, Scale scale, int lane, int8_t* out, RowRegion* region,
-             RowChunks* chunks) const {
-    region->unit[lane] = tables == Tables::kInt8 ? scale.unit : 0.5f * scale.unit;
-    alignas(64) RegionIntegers q;
+  // With one step, in one part.
+  void write(Scale scale, float unit, const RowOutput& out) {
+    out.region->unit[out.lane] = unit;
     if (scale.to_units == 0) {  // also where x is not finite
       std::memset(q, 0, sizeof(q));
-    } else if (tables == Tables::kExact) {
-      round_exactly<N>(halves, N::lane(largest.first), scale.to_units, q);
     } else {
       round_region<N>(halves, scale.to_units, q);
     }
-    sum_integers<N>(q, lane, region, chunks);
-    if (tables == Tables::kExact) {
-      alignas(64) RegionIntegers high;
-      for (int h = 0; h < kRegionHalves; ++h) {
-        for (int i = 0; i < kTableWeights; ++i) {
-          for (int t = 0; t < kHalfTables; ++t) {
-            int32_t& low = q[h][i][t];
-            const int32_t half = low < 0 ? -(kExactBase / 2) : kExactBase / 2;
-            high[h][i][t] = (low + half) / kExactBase;
-            low -= high[h][i][t] * kExactBase;
-          }
+    sum_integers<N>(q, out.lane, out.region, out.chunks);
+    write_bytes(q, out.integers);
+  }
+
+  void write_exact(const RowOutput& out) {
+    Largest<N, 1> largest;
+    largest.add_region(halves);
+    largest.add_lanes();
+    const float limit = N::lane(largest.values[0]);
+    const Scale scale = choose_scale(limit, N::sum(poison), kExactMultiplier * kExactMax);
+    out.region->unit[out.lane] = 0.5f * scale.unit;
+    if (scale.to_units == 0) {
+      std::memset(q, 0, sizeof(q));
+    } else {
+      round_exactly<N>(halves, limit, scale.to_units, q);
+    }
+    sum_integers<N>(q, out.lane, out.region, out.chunks);
+    alignas(64) RegionIntegers high;
+    for (int h = 0; h < kRegionHalves; ++h) {
+      for (int i = 0; i < kTableWeights; ++i) {
+        for (int t = 0; t < kHalfTables; ++t) {
+          int32_t& low = q[h][i][t];
+          const int32_t half = low < 0 ? -(kExactBase / 2) : kExactBase / 2;
+          high[h][i][t] = (low + half) / kExactBase;
+          low -= high[h][i][t] * kExactBase;
         }
       }
-      write_bytes(high, out);
-      out += kBlockTokens * kRegionWeights;
     }
-    write_bytes(q, out);
-    if (tables == Tables::kInt8) {
-      write_loud(q, find_quad<N>(halves, largest.first), lane, out, region);
-    }
+    write_bytes(high, out.integers);
+    write_bytes(q, out.integers + kBlockTokens * kRegionWeights);
   }
 };
+
+// Tables::kInt8: kRegions regions with one unit, and with as many loud quads, wherever they lie.
+template <typename N, int kRegions>
+inline void write_loud_regions(RowInput<N>* inputs, const RowOutput& out) {
+  constexpr int64_t kRegionBytes = RowView::region_bytes(1);
+  Largest<N, kRegions + 1> largest;
+  auto poison = N::set(0);
+  for (int r = 0; r < kRegions; ++r) {
+    largest.add_region(inputs[r].halves);
+    poison = N::add(poison, inputs[r].poison);
+  }
+  largest.add_lanes();
+  // Loud quads have 8128 / 127 = 64 times the range of the others.
+  const auto least = N::mul(largest.values[0], N::set(1.0f / 64));
+  const float limit = N::lane(N::max(largest.values[kRegions], least));
+  const Scale scale = choose_scale(limit, N::sum(poison), kInt8Max);
+  RowOutput outs[kRegions];
+  uint32_t rest = 0;  // quads that are not loud yet, of all regions
+  for (int r = 0; r < kRegions; ++r) {
+    outs[r] = r == 0 ? out : outs[r - 1].next(kRegionBytes);
+    inputs[r].write(scale, scale.unit, outs[r]);
+    rest |= 0xffffu << (r * kRegionTables);
+  }
+  for (int i = 0; i < kRegions; ++i) {
+    uint32_t found = 0;
+    for (int r = 0; r < kRegions; ++r) {
+      found |= find_quads<N>(inputs[r].halves, largest.values[i]) << (r * kRegionTables);
+    }
+    found &= rest;
+    const int quad = __builtin_ctz(found == 0 ? rest : found);  // none is found among NaNs
+    rest &= ~(1u << quad);
+    const int r = quad / kRegionTables;
+    RowRegion* region = outs[i].region;
+    const int table =
+        split_loud(inputs[r].q, quad % kRegionTables, outs[r].integers, &region->loud[out.lane]);
+    region->loud_at[out.lane] = static_cast<uint32_t>((r * kRegionTables + table) * kQuadCodes);
+  }
+}
 
 // x [2][64]; to_token_units is for Tables::kExact8. To `out`, `region` and `chunks` of the first.
 template <typename S>
@@ -194,41 +250,24 @@ TMAC_FLATTEN void quantize_row_regions(const float* x, Tables tables, bool share
                                        float to_token_units, int lane, int8_t* out,
                                        RowRegion* region, RowChunks* chunks) {
   using N = typename S::Narrow;
+  static_assert(kRowRegions == 2);
+  const RowOutput first{out, region, chunks, lane};
+  const RowOutput second = first.next(RowView::region_bytes(row_parts(tables)));
   RowInput<N> inputs[kRowRegions];
   for (int i = 0; i < kRowRegions; ++i) inputs[i].measure(x + i * kRegionWeights);
-  Scale scales[kRowRegions];
-  if (tables == Tables::kExact8) {
-    for (int i = 0; i < kRowRegions; ++i) {
-      scales[i] = choose_token_scale(N::sum(inputs[i].poison), to_token_units);
-    }
-  } else if (tables == Tables::kExact) {
-    for (int i = 0; i < kRowRegions; ++i) {
-      scales[i] = choose_scale(N::lane(inputs[i].largest.first), N::sum(inputs[i].poison),
-                               kExactMultiplier * kExactMax);
-    }
-  } else {
-    typename N::F limits[kRowRegions], poisons[kRowRegions];
-    for (int i = 0; i < kRowRegions; ++i) {
-      // The loud quad has 8128 / 127 = 64 times the range of the others.
-      const auto least = N::mul(inputs[i].largest.first, N::set(1.0f / 64));
-      limits[i] = N::max(inputs[i].largest.second, least);
-      poisons[i] = inputs[i].poison;
-    }
-    if (shares_unit) {
-      static_assert(kRowRegions == 2);
-      limits[0] = N::max(limits[0], limits[1]);
-      poisons[0] = N::add(poisons[0], poisons[1]);
-    }
-    for (int i = 0; i < kRowRegions; ++i) {
-      const bool shared = shares_unit && i > 0;
-      scales[i] =
-          shared ? scales[0] : choose_scale(N::lane(limits[i]), N::sum(poisons[i]), kInt8Max);
-    }
+  if (tables == Tables::kInt8 && shares_unit) {
+    write_loud_regions<N, 2>(inputs, first);
+    return;
   }
-  const int64_t stride = RowView::region_bytes(row_parts(tables));
   for (int i = 0; i < kRowRegions; ++i) {
-    auto* numbers = reinterpret_cast<RowRegion*>(reinterpret_cast<uint8_t*>(region) + i * stride);
-    inputs[i].write(tables, scales[i], lane, out + i * stride, numbers,
-                    chunks == nullptr ? nullptr : chunks + i);
+    const RowOutput& one = i == 0 ? first : second;
+    if (tables == Tables::kInt8) {
+      write_loud_regions<N, 1>(inputs + i, one);
+    } else if (tables == Tables::kExact) {
+      inputs[i].write_exact(one);
+    } else {
+      const Scale scale = choose_token_scale(N::sum(inputs[i].poison), to_token_units);
+      inputs[i].write(scale, 0.5f * scale.unit, one);
+    }
   }
 }

@@ -30,9 +30,10 @@ inline bool serves_rows(const LinearSpec& spec, Tables tables) {
          (spec.n_groups() == 1 || spec.group_size % kRegionWeights == 0);
 }
 
-// True if no group of the matrix, which they serve, ends between two regions that are built
-// together. Where this is so of all readers, such regions share their unit with Tables::kInt8:
-// products convert the sum of both to floats at once.
+// True if no group of the matrix, which they serve, but the last ends between two regions that are
+// built together or within one of them. Where this is so of all readers, such regions, if they are
+// whole, share their unit and their loud quads with Tables::kInt8: products convert the sum of both
+// to floats at once.
 inline bool can_share_units(const LinearSpec& spec) {
   return spec.n_groups() == 1 || spec.group_size % kRowRegionsWeights == 0;
 }
@@ -47,11 +48,13 @@ inline bool cuts_regions(const LinearSpec& spec) {
 // One region of one block; the integers, int8 [parts][12][64], follow it. They have 8 bits, |q| <=
 // 127, or two parts, q = 255 * high + low with |q| <= 32512 (Tables::kExact, the integers of
 // layout/lut.h). With Tables::kInt8 the 4 integers with the largest activation, the loud quad, have
-// two parts, |q| <= 8128: outliers would cost the others of their region most of their bits.
+// two parts, |q| <= 8128: outliers would cost the others of their region most of their bits. Two
+// regions that share their unit have two loud quads wherever they lie.
 struct RowRegion {
   alignas(64) float unit[kTokenLanes];  // of the sums of products; NaN if an x is not finite
   alignas(64) int32_t sum[kTokenLanes];
-  alignas(64) uint32_t loud_at[kTokenLanes];  // where the loud quad's codes begin
+  alignas(64) uint32_t loud_at[kTokenLanes];  // where a loud quad's codes begin, from the first
+                                              // region with that unit on
   alignas(64) uint32_t loud[kTokenLanes];     // its high parts, 4 bytes
 };
 

@@ -203,7 +203,7 @@ struct Decoder::Pass {
     const bool build_now = a.down_inputs.builds_early(plans.down, n);
     // As many tiles as make what is built at once of the next product's input.
     static_assert(kRowRegionsWeights % (kTilesAtOnce * kTileRows) == 0);
-    const int64_t at_once = weights_at_once(n) / kTileRows;
+    const int64_t at_once = build_now ? weights_at_once(n) / kTileRows : tiles_at_once(n);
     for_tiles(team, w.gate.spec.n_tiles(), at_once, [&](int64_t begin, int64_t end) {
       multiply_tiles(team, w.gate, a.inputs, plans.gate_up, 0, n, begin, end, a.gate.data(), width);
       multiply_tiles(team, w.up, a.inputs, plans.gate_up, 1, n, begin, end, a.up.data(), width);

@@ -51,16 +51,36 @@ struct InputShape {
   bool ternary() const { return piece == Piece::kTernaryRegion; }
   int64_t chunk_weights() const { return ternary() ? kTernaryChunkWeights : kChunkWeights; }
   int64_t piece_chunks() const {
-    return ternary()                 ? kTernaryRegionChunks
-           : piece == Piece::kRegion ? kRegionChunks
-                                     : kRowRegions * kRegionChunks;
+    switch (piece) {
+      case Piece::kTernaryRegion:
+        return kTernaryRegionChunks;
+      case Piece::kRowRegions:
+        return kRowRegions * kRegionChunks;
+      default:
+        return kRegionChunks;
+    }
   }
   int64_t piece_weights() const { return chunk_weights() * piece_chunks(); }
   // Regions that a piece counts as. Ternary tables may take up the memory of several others.
   int64_t piece_regions() const {
-    return ternary() ? kTernaryMostPlaces : piece == Piece::kRegion ? 1 : kRowRegions;
+    switch (piece) {
+      case Piece::kTernaryRegion:
+        return kTernaryMostPlaces;
+      case Piece::kRowRegions:
+        return kRowRegions;
+      default:
+        return 1;
+    }
   }
   int64_t n_regions() const { return ceil_div(n_chunks, piece_chunks()) * piece_regions(); }
+};
+
+// A piece, ready to be built.
+struct PieceInput {
+  int64_t region;  // where it goes: its first
+  bool ternary;
+  bool whole;           // no chunk of it lies behind the end of the row
+  const float* values;  // [piece_weights], zeros for padding
 };
 
 // The regions that the readers of one activation vector need: one set for each distinct shape.
@@ -76,9 +96,8 @@ class InputRegions {
   // Where the regions of the i-th reader begin.
   int64_t first(size_t reader) const { return reader_regions_[reader]; }
 
-  // Calls visit(region, ternary, values) for the pieces that begin in the regions [begin, end) of
-  // x [k]; values are as many as the piece has weights, and zeros are padding. Ternary regions
-  // stand `ternary_places` apart.
+  // Calls visit(PieceInput) for the pieces that begin in the regions [begin, end) of x [k]. Ternary
+  // regions stand `ternary_places` apart.
   template <typename Visit>
   void each(int64_t begin, int64_t end, int64_t ternary_places, const float* x,
             const Visit& visit) const {
@@ -92,11 +111,12 @@ class InputRegions {
       const int64_t place = shape.ternary() ? set->first_region + i * ternary_places : region;
       const int64_t first = i * shape.piece_weights();
       if (shape.contiguous() && first + shape.piece_weights() <= shape.k) {
-        visit(place, shape.ternary(), x + first);
+        visit(PieceInput{place, shape.ternary(), true, x + first});
       } else {
         float gathered[kMostPieceWeights];
         gather(shape, i, x, gathered);
-        visit(place, shape.ternary(), gathered);
+        const bool whole = (i + 1) * shape.piece_chunks() <= shape.n_chunks;
+        visit(PieceInput{place, shape.ternary(), whole, gathered});
       }
     }
   }

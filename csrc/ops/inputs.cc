@@ -69,22 +69,23 @@ float Inputs::choose_unit(const InputPlan& plan, int64_t n_tokens, int64_t token
   return to_units;
 }
 
-void Inputs::build_region(const InputPlan& plan, int64_t n_tokens, int64_t token, RowPlace place,
-                          int64_t region, bool ternary, float to_units, const float* values) {
+void Inputs::build_piece(const InputPlan& plan, int64_t n_tokens, int64_t token, RowPlace place,
+                         float to_units, const PieceInput& piece) {
   if (reads_tables(n_tokens)) {
     const Kernels& isa = kernels();
-    const auto build = ternary ? isa.build_ternary_region : isa.build_region;
-    build(values, tables_, to_units, luts_.view(token, region));
+    const auto build = piece.ternary ? isa.build_ternary_region : isa.build_region;
+    build(piece.values, tables_, to_units, luts_.view(token, piece.region));
     return;
   }
   const auto quantize = kernels().quantize_row_regions;
   const RowView view = rows_.view(plan, n_tokens, 0);
-  int8_t* out = view.integers_at(place.block, region) + place.lane * kRegionWeights;
-  RowRegion* numbers = &view.region(place.block, region);
-  RowChunks* chunks = plan.cuts_regions() ? &view.chunks_of(place.block, region) : nullptr;
-  quantize(values, tables_, view.shares_units, to_units, place.lane, out, numbers, chunks);
+  const bool shares_unit = view.shares_units && piece.whole;
+  int8_t* out = view.integers_at(place.block, piece.region) + place.lane * kRegionWeights;
+  RowRegion* numbers = &view.region(place.block, piece.region);
+  RowChunks* chunks = plan.cuts_regions() ? &view.chunks_of(place.block, piece.region) : nullptr;
+  quantize(piece.values, tables_, shares_unit, to_units, place.lane, out, numbers, chunks);
   if (token % 2 == 0 && token + 1 == n_tokens) {  // kernels compute the missing token too
-    quantize(values, tables_, view.shares_units, to_units, place.lane + 1, out + kRegionWeights,
+    quantize(piece.values, tables_, shares_unit, to_units, place.lane + 1, out + kRegionWeights,
              numbers, chunks);
   }
 }
@@ -93,11 +94,9 @@ void Inputs::build(const InputPlan& plan, int64_t n_tokens, int64_t token, int64
                    int64_t end, const float* x) {
   const float to_units = choose_unit(plan, n_tokens, token, begin == 0 && end > 0, x);
   const RowPlace place = RowBlocks{n_tokens}.place(token);
-  plan.regions(n_tokens).each(begin, end, kernels().ternary_places, x,
-                              [&](int64_t region, bool ternary, const float* values) {
-                                build_region(plan, n_tokens, token, place, region, ternary,
-                                             to_units, values);
-                              });
+  plan.regions(n_tokens).each(
+      begin, end, kernels().ternary_places, x,
+      [&](const PieceInput& piece) { build_piece(plan, n_tokens, token, place, to_units, piece); });
 }
 
 void Inputs::build_all(Team& team, const InputPlan& plan, int64_t n_tokens, const float* x,
@@ -121,9 +120,9 @@ void Inputs::build_all(Team& team, const InputPlan& plan, int64_t n_tokens, cons
       for (int64_t region = first; region < last; ++region) {
         for (int64_t t = 0; t < n; ++t) {
           regions.each(region, region + 1, ternary_places, x + (token + t) * stride,
-                       [&](int64_t at, bool ternary, const float* values) {
-                         build_region(plan, n_tokens, token + t, {block, static_cast<int>(t)}, at,
-                                      ternary, to_units[t], values);
+                       [&](const PieceInput& piece) {
+                         build_piece(plan, n_tokens, token + t, {block, static_cast<int>(t)},
+                                     to_units[t], piece);
                        });
         }
       }

@@ -62,7 +62,7 @@ class Inputs {
   Inputs(Tables tables, int64_t max_regions, int64_t max_tokens, int64_t threads);
 
   Tables tables() const { return tables_; }
-  // True if a region can be built before the activations of other regions are known.
+  // True if weights_at_once can be built before other activations are known.
   bool builds_early(const InputPlan& plan, int64_t n_tokens) const {
     return plan.regions(n_tokens).contiguous() && tables_ != Tables::kExact8;
   }
@@ -84,12 +84,12 @@ class Inputs {
   Rows& rows() { return rows_; }
 
  private:
-  // Units of a token per activation, for build_region; stores the inverse if `stores`.
+  // Units of a token per activation, for build_piece; stores the inverse if `stores`.
   float choose_unit(const InputPlan& plan, int64_t n_tokens, int64_t token, bool stores,
                     const float* x);
-  // values of a piece; `place` is for rows
-  void build_region(const InputPlan& plan, int64_t n_tokens, int64_t token, RowPlace place,
-                    int64_t region, bool ternary, float to_units, const float* values);
+  // `place` is for rows.
+  void build_piece(const InputPlan& plan, int64_t n_tokens, int64_t token, RowPlace place,
+                   float to_units, const PieceInput& piece);
 
   const Tables tables_;
   Luts luts_;

@@ -162,12 +162,9 @@ struct WordsCore {
 // A maddubs is at most 2 (2^b - 1) 127: as many as stay below 2^15, or all.
 constexpr int pairs_run(int bits) {
   const int fit = INT16_MAX / (2 * ((1 << bits) - 1) * 127);
-  return fit >= kMostQuads ? kMostQuads
-         : fit >= 16       ? 16
-         : fit >= 8        ? 8
-         : fit >= 4        ? 4
-         : fit >= 2        ? 2
-                           : fit;
+  int run = fit > 0;
+  while (run > 0 && run < kMostQuads && 2 * run <= fit) run *= 2;
+  return run;
 }
 
 template <typename V, int kRun, bool kCentred>
