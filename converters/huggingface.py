@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,14 @@ from tmac_py.converters.huggingface_tokenizer import read_tokenizer_files
 from tmac_py.converters.json_file import read_object
 from tmac_py.converters.quantization_config import all_dense, format_of, read_settings
 from tmac_py.converters.safetensors_file import StoredTensor, read_header
-from tmac_py.converters.weight_format import DENSE, Expected, Parts, WeightFormat
+from tmac_py.converters.weight_format import DENSE, FLOATS, Expected, Parts, WeightFormat
 from tmac_py.errors import ModelFileError, UnsupportedError
 from tmac_py.tokenizer import Tokenizer
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_EMBEDDING = "model.embed_tokens"
+_WEIGHT = ".weight"
+_EMBEDDING = "model.embed_tokens.weight"
 _UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Tensors of old checkpoints that hold nothing config.json does not say."""
 
@@ -62,16 +63,18 @@ def read(path: Path) -> Checkpoint:
         if not _UNUSED.fullmatch(name)
         and not (name.startswith("lm_head.") and config.tie_word_embeddings)
     }
-    shapes = {name.removesuffix(".weight"): s for name, s in config.tensor_shapes().items()}
-    parts = _by_module(stored, shapes)
-    format_by_module: dict[str, WeightFormat] = {}
+    shapes = config.tensor_shapes()
+    parts = _by_matrix(stored, shapes)
+    weights: dict[str, WeightFormat] = {}
     expected: dict[str, Expected] = {}
     with naming(path):
-        for module, shape in shapes.items():
-            linear = len(shape) == 2 and module != _EMBEDDING
-            weights = formats(module, parts[module]) if linear else DENSE
-            format_by_module[module] = weights
-            for part, wanted in weights.expected(shape, parts[module]).items():
+        for name, shape in shapes.items():
+            if len(shape) == 1:
+                expected[name] = Expected(shape, FLOATS)
+                continue
+            module = name.removesuffix(_WEIGHT)
+            weights[name] = DENSE if name == _EMBEDDING else formats(module, parts[name])
+            for part, wanted in weights[name].expected(shape, parts[name]).items():
                 expected[f"{module}.{part}"] = wanted
     _check_stored(path, stored, expected)
     source = {"format": "huggingface", "file": path.resolve().name}
@@ -82,24 +85,26 @@ def read(path: Path) -> Checkpoint:
         tokenizer=files,
         source=source,
         tensors=[
-            _source(module, shape, format_by_module[module], parts[module])
-            for module, shape in shapes.items()
+            _matrix(name, shape, weights[name], parts[name])
+            if name in weights
+            else _vector(name, stored[name])
+            for name, shape in shapes.items()
         ],
         warnings=() if files else (NO_TOKENIZER.format(path),),
     )
 
 
-def _by_module(
-    stored: Mapping[str, StoredTensor], modules: Iterable[str]
+def _by_matrix(
+    stored: Mapping[str, StoredTensor], shapes: Mapping[str, Shape]
 ) -> dict[str, dict[str, StoredTensor]]:
-    """The tensors of each module, by what follows its name."""
-    parts: dict[str, dict[str, StoredTensor]] = {module: {} for module in modules}
+    """For each matrix the tensors of its module, by what follows the module's name."""
+    parts: dict[str, dict[str, StoredTensor]] = {n: {} for n, s in shapes.items() if len(s) == 2}
     for name, tensor in stored.items():
-        module = name
-        while module and module not in parts:
+        module = name.rpartition(".")[0]
+        while module and module + _WEIGHT not in parts:
             module = module.rpartition(".")[0]
-        if module:
-            parts[module][name[len(module) + 1 :]] = tensor
+        if module and len(shapes.get(name, ())) != 1:
+            parts[module + _WEIGHT][name[len(module) + 1 :]] = tensor
     return parts
 
 
@@ -158,8 +163,10 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _source(module: str, shape: Shape, weights: WeightFormat, parts: Parts) -> TensorSource:
-    name = f"{module}.weight"
-    if len(shape) == 1:
-        return TensorSource(name, shape, lambda: as_float32(parts["weight"].load()))
-    return TensorSource(name, shape, partial(weights.load, shape, parts), dense=weights.dense)
+def _vector(name: str, tensor: StoredTensor) -> TensorSource:
+    return TensorSource(name, tensor.shape, lambda: as_float32(tensor.load()))
+
+
+def _matrix(name: str, shape: Shape, weights: WeightFormat, parts: Parts) -> TensorSource:
+    load = partial(weights.load, shape, parts)
+    return TensorSource(name, shape, load, dense=weights.dense, ordered=weights.ordered)

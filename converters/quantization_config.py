@@ -6,13 +6,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tmac_py.converters.auto_round import auto_round_formats
+from tmac_py.converters.awq import awq_formats
+from tmac_py.converters.compressed_tensors import compressed_tensors_formats
+from tmac_py.converters.gptq import gptq_formats
+from tmac_py.converters.hqq import hqq_formats
 from tmac_py.converters.json_file import read_object
 from tmac_py.converters.weight_format import DENSE, FormatOf, Parts, WeightFormat
 from tmac_py.errors import ModelFileError, UnsupportedError
 
 Settings = Mapping[str, Any]
 
-METHODS: dict[str, Callable[[Settings], FormatOf]] = {}
+METHODS: dict[str, Callable[[Settings], FormatOf]] = {
+    "auto-round": auto_round_formats,
+    "awq": awq_formats,
+    "compressed-tensors": compressed_tensors_formats,
+    "gptq": gptq_formats,
+    "hqq": hqq_formats,
+    "intel/auto-round": auto_round_formats,
+}
 """``quant_method`` -> what reads such settings. Raises UnsupportedError or ModelFileError."""
 
 _FILES = {

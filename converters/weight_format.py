@@ -30,6 +30,10 @@ class WeightFormat(Protocol):
     def dense(self) -> bool:
         """Whether ``load`` gives floats, which are quantised afterwards."""
 
+    @property
+    def ordered(self) -> bool:
+        """Whether ``load`` may give an order."""
+
     def expected(self, shape: Shape, parts: Parts, /) -> Mapping[str, Expected]:
         """The tensors by which a module of this ``shape`` is stored; all of them must be there.
 
@@ -44,6 +48,7 @@ class Dense:
     """Floats in a tensor "weight"."""
 
     dense = True
+    ordered = False
 
     def expected(self, shape: Shape, _parts: Parts) -> Mapping[str, Expected]:
         """See WeightFormat."""
