@@ -124,9 +124,8 @@ class PackQuantized:
         name = "weight_packed" if axis == 1 else "weight_zero_point"
         old, new = self._words(n, straddle=False), self._words(n, straddle=True)
         if old != new:
-            return (
-                name not in parts or len(parts[name].shape) != 2 or parts[name].shape[axis] != old
-            )
+            found = parts[name].shape if name in parts else ()
+            return len(found) != 2 or found[axis] != old
         if 32 % self.bits and n > 32 // self.bits:
             raise UnsupportedError(
                 f"{n} numbers of {self.bits} bits take {new} words in each version of "

@@ -150,7 +150,7 @@ def gptq_format(
     """The format that settings describe; of a module, what they leave out is as in ``base``."""
     if not isinstance(settings, dict):
         raise ModelFileError("quantisation settings: an object is needed for each pattern")
-    bits = whole_number(settings, "bits", default=base and base.bits)
+    bits = whole_number(settings, "bits", default=base.bits if base else None)
     if bits not in allowed:
         raise UnsupportedError(f"GPTQ with {bits} bits is not supported {allowed}")
     group_size = whole_number(settings, "group_size", default=base.group_size if base else -1)

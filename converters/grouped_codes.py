@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,7 +92,7 @@ def whole_number(settings: Mapping[str, Any], *keys: str, default: int | None = 
     value = found[0] if found else default
     if not isinstance(value, int) or isinstance(value, bool):
         raise ModelFileError(
-            f"quantisation settings: {keys[0]} must be an integer, found {value!r}"
+            f"quantisation settings: {keys[0]} must be an integer, found {reprlib.repr(value)}"
         )
     return value
 
