@@ -61,15 +61,15 @@ class PackQuantized:
         """See WeightFormat. ``weight_g_idx`` and ``bias`` may be missing."""
         m, k = shape
         groups = count_groups(k, resolve_group_size(k, self.group_size))
-        columns = self._words(k, self._straddles(k, parts, axis=1))
+        straddle = self._straddles(shape, parts)
         result = {
-            "weight_packed": Expected((m, columns), ("I32",)),
+            "weight_packed": Expected((m, self._words(k, straddle)), ("I32",)),
             "weight_scale": Expected((m, groups), FLOATS),
             "weight_shape": Expected((2,), _INTEGERS),
         }
         if not self.symmetric:
             plain = "weight_zero_point" in parts and parts["weight_zero_point"].dtype == "I8"
-            words = m if plain else self._words(m, self._straddles(m, parts, axis=0))
+            words = m if plain else self._words(m, straddle)
             result["weight_zero_point"] = Expected((words, groups), ("I8",) if plain else ("I32",))
         if "weight_g_idx" in parts:
             result["weight_g_idx"] = Expected((k,), _INTEGERS)
@@ -88,17 +88,19 @@ class PackQuantized:
             groups = parts["weight_g_idx"].load()
             unset = bool((groups == -1).all())
             order = None if unset else column_order(groups, k, group_size, may_be_unset=False)
-        codes = self._unpack(parts["weight_packed"].load(), k, parts, axis=1)
+        straddle = self._straddles(shape, parts)
+        words = parts["weight_packed"].load()
+        codes = unpack_fields(words, self.bits, k, axis=1, straddle=straddle)
         return grouped_tensor(
             np.ascontiguousarray(codes if order is None else codes[:, order]),
             load_half(parts["weight_scale"]),
-            self._zeros(m, parts),
+            self._zeros(m, parts, straddle),
             bits=self.bits,
             group_size=group_size,
             order=order,
         )
 
-    def _zeros(self, m: int, parts: Parts) -> NDArray[Any] | float:
+    def _zeros(self, m: int, parts: Parts, straddle: bool) -> NDArray[Any] | float:
         middle = 1 << (self.bits - 1)
         if self.symmetric:
             return float(middle)
@@ -108,28 +110,26 @@ class PackQuantized:
             if zeros.min() < 0 or zeros.max() >= 1 << self.bits:
                 raise ValueError(f"weight_zero_point does not fit in {self.bits} bits")
             return zeros
-        return self._unpack(tensor.load(), m, parts, axis=0)
-
-    def _unpack(
-        self, words: NDArray[Any], count: int, parts: Parts, *, axis: int
-    ) -> NDArray[np.uint8]:
-        straddle = self._straddles(count, parts, axis=axis)
-        return unpack_fields(words, self.bits, count, axis=axis, straddle=straddle)
+        return unpack_fields(tensor.load(), self.bits, m, axis=0, straddle=straddle)
 
     def _words(self, n: int, straddle: bool) -> int:
         return -(-n * self.bits // 32) if straddle else -(-n // (32 // self.bits))
 
-    def _straddles(self, n: int, parts: Parts, *, axis: int) -> bool:
-        """Whether n fields in a row are stored as new versions do it, by the number of words."""
-        name = "weight_packed" if axis == 1 else "weight_zero_point"
-        old, new = self._words(n, straddle=False), self._words(n, straddle=True)
-        if old != new:
-            found = parts[name].shape if name in parts else ()
-            return len(found) != 2 or found[axis] != old
-        if 32 % self.bits and n > 32 // self.bits:
+    def _straddles(self, shape: Shape, parts: Parts) -> bool:
+        """Whether fields are stored as new versions do it, by the number of words."""
+        m, k = shape
+        counts = [(k, "weight_packed", 1)]
+        if "weight_zero_point" in parts and parts["weight_zero_point"].dtype == "I32":
+            counts.append((m, "weight_zero_point", 0))
+        for n, name, axis in counts:
+            old = self._words(n, straddle=False)
+            if old != self._words(n, straddle=True):
+                found = parts[name].shape if name in parts else ()
+                return len(found) != 2 or found[axis] != old
+        if 32 % self.bits and any(n > 32 // self.bits for n, _, _ in counts):
             raise UnsupportedError(
-                f"{n} numbers of {self.bits} bits take {new} words in each version of "
-                "compressed-tensors, which store them differently; there is no telling which"
+                f"a matrix {[m, k]} of {self.bits} bits takes as many words in each version of "
+                "compressed-tensors, which store it differently; there is no telling which"
             )
         return True
 
