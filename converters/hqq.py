@@ -140,14 +140,14 @@ def hqq_formats(settings: Mapping[str, Any]) -> FormatOf:
         bits, group_size, axis = (_setting(name, parts, given) for name in _NUMBERS)
         if axis != 1:
             raise UnsupportedError(
-                f"{module}: HQQ with axis {axis} is not supported (1): its groups run across rows, "
+                f"{module}: HQQ with axis {axis:g} is not supported (1): its groups run across rows, "
                 "those of a .lut along them"
             )
         for name in ("quant_scale", "quant_zero"):
             if name in parts and _number(parts[name]):
                 raise UnsupportedError(f"{module}: HQQ with {name} is not supported")
         if bits not in _FIELDS:
-            raise UnsupportedError(f"{module}: HQQ with {bits} bits is not supported (1 to 6, 8)")
+            raise UnsupportedError(f"{module}: HQQ with {bits:g} bits is not supported (1 to 6, 8)")
         size = -1 if group_size is None else int(group_size)
         if size != -1 and (size < 4 or size % 4):
             raise UnsupportedError(f"{module}: HQQ group_size {size} is not a multiple of 4")

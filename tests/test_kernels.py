@@ -22,6 +22,7 @@ from kernel_cases import (
     integer_cases,
     integer_matrix,
     invariance_cases,
+    ordered,
     pieces,
 )
 from tmac_py import _core
@@ -59,7 +60,7 @@ def pack(q: QuantTensor) -> NDArray[np.uint8]:
 
 
 def linear(q: QuantTensor) -> _core.Linear:
-    return _core.Linear(pack(q), m=q.m, k=q.k, zero=q.zero, **encoding(q))
+    return _core.Linear(pack(q), m=q.m, k=q.k, zero=q.zero, order=q.order, **encoding(q))
 
 
 def run(case: LinearCase, pool: _core.ThreadPool) -> NDArray[np.float32]:
@@ -83,6 +84,19 @@ class TestProduct:
     def test_extremes(self, tables: str, bits: int, pool: _core.ThreadPool) -> None:
         for case in extreme_cases(tables, bits):
             case.check(run(case, pool))
+
+    def test_columns_in_another_order(self, tables: str, bits: int, pool: _core.ThreadPool) -> None:
+        for case in (*integer_cases(tables, bits)[::4], *float_cases(tables, bits)[::4]):
+            ordered(case).check(run(ordered(case), pool))
+
+    def test_order_changes_no_bit(self, tables: str, bits: int, pool: _core.ThreadPool) -> None:
+        for case in invariance_cases(tables, bits):
+            other = ordered(case)
+            for n in (1, 4, 17, len(case.x)):
+                want = run(replace(case, x=case.x[:n]), pool)
+                for threads in (1, 3):
+                    got = run(replace(other, x=other.x[:n]), _core.ThreadPool(threads))
+                    assert got.tobytes() == want.tobytes()
 
     def test_threads_and_tokens_change_no_bit(
         self, tables: str, bits: int, pool: _core.ThreadPool

@@ -1,4 +1,4 @@
-"""Modules as the tools of the quantised formats store them (golden/make_quantised.py), read back."""
+"""Modules as the tools of the quantised formats store them (golden/make_quantised.py)."""
 
 from __future__ import annotations
 

@@ -6,10 +6,10 @@ them, with the weights that these tools read back.
 The files were made with gptqmodel 7.7.0, auto-round 0.16.1, compressed-tensors 0.20.0 and 0.9.4
 (once each: the file names tell), hqq 0.2.8.post1, all on the CPU with torch 2.13.0.
 
-A file holds for every case ``CASE/settings`` (the quantisation settings, JSON), ``CASE/tensors/NAME``
-and ``CASE/weight`` ``[m, k]``. Weights lie on a grid that fp16 holds exactly, steps of a few
-significant bits, so that the tools' half-precision arithmetic does not round. HQQ finds its own
-grid; its weights are float32.
+A file holds for every case ``CASE/settings`` (the quantisation settings, JSON),
+``CASE/tensors/NAME`` and ``CASE/weight`` ``[m, k]``. Weights lie on a grid that fp16 holds exactly,
+steps of a few significant bits, so that the tools' half-precision arithmetic does not round. HQQ
+finds its own grid; its weights are float32.
 """
 
 from __future__ import annotations
