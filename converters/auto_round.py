@@ -27,7 +27,7 @@ _DENSE_BITS = 16
 
 def auto_round_formats(settings: Mapping[str, Any]) -> FormatOf:
     """The format of each module. Raises UnsupportedError or ModelFileError."""
-    packing = settings.get("packing_format") or "auto_round:auto_gptq"
+    packing = str(settings.get("packing_format") or "auto_round:auto_gptq")
     if packing in ("auto_round:auto_awq", "auto_round:awq"):
         return awq_formats({**settings, "version": "gemm"})
     if packing == "auto_round:llm_compressor" and "config_groups" in settings:

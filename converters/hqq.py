@@ -33,9 +33,10 @@ from tmac_py.converters.weight_format import (
 from tmac_py.errors import ModelFileError, UnsupportedError
 from tmac_py.quant import QuantTensor
 
-_NUMBERS = ("nbits", "group_size", "axis")
 _SETTINGS = (
-    *_NUMBERS,
+    "nbits",
+    "group_size",
+    "axis",
     "shape",
     "packing",
     "unpack_view_dtype",
@@ -137,20 +138,21 @@ def hqq_formats(settings: Mapping[str, Any]) -> FormatOf:
         if is_dense(parts):
             return DENSE
         given = _given(general, module)
-        bits, group_size, axis = (_setting(name, parts, given) for name in _NUMBERS)
+        bits, axis = (_needed(name, parts, given) for name in ("nbits", "axis"))
+        group_size = _setting("group_size", parts, given)
         if axis != 1:
             raise UnsupportedError(
-                f"{module}: HQQ with axis {axis:g} is not supported (1): its groups run across rows, "
+                f"HQQ with axis {axis:g} is not supported (1): its groups run across rows, "
                 "those of a .lut along them"
             )
         for name in ("quant_scale", "quant_zero"):
             if name in parts and _number(parts[name]):
-                raise UnsupportedError(f"{module}: HQQ with {name} is not supported")
+                raise UnsupportedError(f"HQQ with {name} is not supported")
         if bits not in _FIELDS:
-            raise UnsupportedError(f"{module}: HQQ with {bits:g} bits is not supported (1 to 6, 8)")
+            raise UnsupportedError(f"HQQ with {bits:g} bits is not supported (1 to 6, 8)")
         size = -1 if group_size is None else int(group_size)
         if size != -1 and (size < 4 or size % 4):
-            raise UnsupportedError(f"{module}: HQQ group_size {size} is not a multiple of 4")
+            raise UnsupportedError(f"HQQ group_size {size} is not a multiple of 4")
         return Hqq(int(bits), size)
 
     return of_module
@@ -163,6 +165,13 @@ def _given(general: Mapping[str, Any], module: str) -> Mapping[str, Any]:
             general = general[part]
     params = general.get("weight_quant_params", general)
     return params if isinstance(params, dict) else {}
+
+
+def _needed(name: str, parts: Parts, given: Mapping[str, Any]) -> float:
+    value = _setting(name, parts, given)
+    if value is None:
+        raise ModelFileError(f"HQQ: {name} stands neither with the module nor in the settings")
+    return value
 
 
 def _setting(name: str, parts: Parts, given: Mapping[str, Any]) -> float | None:

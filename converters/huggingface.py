@@ -25,7 +25,7 @@ from tmac_py.converters.json_file import read_object
 from tmac_py.converters.quantization_config import all_dense, format_of, read_settings
 from tmac_py.converters.safetensors_file import StoredTensor, read_header
 from tmac_py.converters.weight_format import DENSE, FLOATS, Expected, Parts, WeightFormat
-from tmac_py.errors import ModelFileError, UnsupportedError
+from tmac_py.errors import ModelFileError, TmacError, UnsupportedError
 from tmac_py.tokenizer import Tokenizer
 
 _SINGLE = "model.safetensors"
@@ -73,9 +73,12 @@ def read(path: Path) -> Checkpoint:
                 expected[name] = Expected(shape, FLOATS)
                 continue
             module = name.removesuffix(_WEIGHT)
-            weights[name] = DENSE if name == _EMBEDDING else formats(module, parts[name])
-            for part, wanted in weights[name].expected(shape, parts[name]).items():
-                expected[f"{module}.{part}"] = wanted
+            try:
+                weights[name] = DENSE if name == _EMBEDDING else formats(module, parts[name])
+                wanted = weights[name].expected(shape, parts[name])
+            except TmacError as error:
+                raise type(error)(f"{module}: {error}") from error
+            expected.update({f"{module}.{part}": tensor for part, tensor in wanted.items()})
     _check_stored(path, stored, expected)
     source = {"format": "huggingface", "file": path.resolve().name}
     if quantization:

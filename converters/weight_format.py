@@ -38,6 +38,7 @@ class WeightFormat(Protocol):
         """The tensors by which a module of this ``shape`` is stored; all of them must be there.
 
         ``parts`` are those the checkpoint has, for what may be missing or of one of several shapes.
+        Raises UnsupportedError for a shape that the format cannot hold.
         """
 
     def load(self, shape: Shape, parts: Parts, /) -> QuantTensor | MatrixLike:
@@ -64,7 +65,7 @@ DENSE = Dense()
 FormatOf = Callable[[str, Parts], WeightFormat]
 """Which format a linear module is stored in, by its name and what the checkpoint has of it.
 
-Raises UnsupportedError, naming the module, for one that cannot be read."""
+Raises UnsupportedError or ModelFileError for one that cannot be read."""
 
 
 def is_dense(parts: Parts) -> bool:

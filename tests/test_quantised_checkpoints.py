@@ -51,9 +51,10 @@ def test_weights_are_those_of_the_reference(checkpoint: Path) -> None:
 
 
 def test_logits_are_those_of_the_reference(checkpoint: Path, tmp_path: Path) -> None:
-    """The embedding, which is stored in floats, is rounded to 8 bits. It is seen twice: in what goes
-    into the layers, of which the stream still mostly consists after two of them, and as lm_head.
-    Besides, exact tables round in each of 4 products in a row of a layer and in lm_head."""
+    """The embedding, which is stored in floats, is rounded to 8 bits. It is seen twice: in what
+    goes into the layers, of which the stream still mostly consists after two of them, and as
+    lm_head. Besides, exact tables round in each of 4 products in a row of a layer and in lm_head.
+    """
     for out in ("a.lut", "b.lut"):
         convert(checkpoint, tmp_path / out, head_bits=8, group_size=32)
     assert (tmp_path / "a.lut").read_bytes() == (tmp_path / "b.lut").read_bytes()

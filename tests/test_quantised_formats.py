@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import quantised_writers as write
 from quantised_writers import Matrix, Tensors, random_matrix
+from test_hf_reader import alterations
 from tiny_checkpoints import TINY, hf_config, open_module, random_weights, write_hf
 from tmac_py import Model, _core
 from tmac_py.cli.main import main
@@ -404,6 +405,22 @@ def test_hqq_that_is_refused(tmp_path: Path, changes: Tensors, text: str) -> Non
         read(tmp_path, {"quant_method": "hqq"}, tensors, w.shape)
 
 
+def test_hqq_without_settings(tmp_path: Path) -> None:
+    w = random_matrix(np.random.default_rng(0), 16, 64, bits=4, group_size=16)
+    tensors = write.hqq(w, w.zeros.astype(np.float16), settings=False)
+    with pytest.raises(ModelFileError, match="nbits stands neither with the module nor in the"):
+        read(tmp_path, {"quant_method": "hqq"}, tensors, w.shape)
+    settings = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": "4"}}}
+    with pytest.raises(ModelFileError, match="nbits must be a number, found '4'"):
+        read(tmp_path, settings, tensors, w.shape)
+
+
+def test_awq_gemv_fast_of_a_shape_it_cannot_hold(tmp_path: Path) -> None:
+    w = random_matrix(np.random.default_rng(0), 16, 96, bits=4, group_size=32)
+    with pytest.raises(UnsupportedError, match="k of 64"):
+        read(tmp_path, awq_settings(32, "gemv_fast"), write.awq_gemv(w), w.shape)
+
+
 # Whole folders
 
 
@@ -535,6 +552,50 @@ def test_settings_beside_the_configuration(tmp_path: Path, name: str) -> None:
     with LutFile.open(tmp_path / "m.lut") as file:
         weight = f"{UP}.weight"
         assert np.array_equal(unpacked(file, weight).dequantize(), weights[weight])
+
+
+AUTO_ROUND = {
+    "quant_method": "auto-round",
+    "packing_format": "auto_round:auto_gptq",
+    "bits": 3,
+    "group_size": 64,
+    "extra_config": {"lm_head": {"bits": 16}, "up_proj": {"group_size": 64}},
+}
+HQQ = {
+    "quant_method": "hqq",
+    "quant_config": {"weight_quant_params": {"nbits": 2, "group_size": 64, "axis": 1}},
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (gptq_settings(3, 64, dynamic={"-:lm_head": {}, "x": {"bits": 4}}, format="gptq"), "gptq"),
+        (awq_settings(64, "gemm"), "awq"),
+        (packed_settings(4, -1, symmetric=False, ignore=["lm_head"]), "packed"),
+        (AUTO_ROUND, "gptq"),
+        (HQQ, "hqq"),
+    ],
+    ids=["gptq", "awq", "packed", "auto-round", "hqq"],
+)
+def test_settings_of_any_other_form_are_read_or_refused(
+    tmp_path: Path, settings: dict[str, Any], name: str
+) -> None:
+    _, writer, bits, group_size, _ = FORMATS[name]
+    if name == "hqq":
+        writer = lambda w: write.hqq(w, w.zeros.astype(np.float16), settings=False)  # noqa: E731
+    path, _ = folder(tmp_path / "m", settings, writer, matrices(bits, group_size))
+    open_checkpoint(path)
+    refused = []
+    for wrong in alterations(settings):
+        changed = hf_config(TINY, quantization_config=wrong)
+        (path / "config.json").write_text(json.dumps(changed))
+        try:
+            open_checkpoint(path)
+        except TmacError as error:
+            refused.append(str(error))
+    assert len(refused) > 20
+    assert all(text.startswith(str(path)) and "\n" not in text for text in refused)
 
 
 SETTINGS = "quantisation settings: "
