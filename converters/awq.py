@@ -42,8 +42,8 @@ from tmac_py.quant import QuantTensor, count_groups, resolve_group_size
 
 _BITS = 4
 _FIELDS = 8  # of a word
-_FIELD_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
-"""gemm: where a word holds each of its 8 columns."""
+_FIELD_OF_ROW = (0, 4, 1, 5, 2, 6, 3, 7)
+"""gemm: where a word holds each of its 8 rows of the matrix."""
 
 _FAST_COLUMNS = 64
 """fast: so many columns of 4 rows stand together."""
@@ -73,21 +73,22 @@ class Gemm:
         """See WeightFormat."""
         m, _ = shape
         refuse_bias(parts)
-        codes, zeros = (self._columns(parts[name].load(), m) for name in ("qweight", "qzeros"))
-        scales = load_half(parts["scales"])
         return grouped_tensor(
-            np.ascontiguousarray(codes.T),
-            scales.T,
-            zeros.T,
+            self._rows(parts["qweight"].load(), m),
+            load_half(parts["scales"]).T,
+            self._rows(parts["qzeros"].load(), m),
             bits=_BITS,
             group_size=self.group_size,
         )
 
     @staticmethod
-    def _columns(words: NDArray[Any], m: int) -> NDArray[np.uint8]:
-        n, n_words = words.shape
-        fields = unpack_fields(words, _BITS, n_words * _FIELDS, axis=1)
-        return fields.reshape(n, n_words, _FIELDS)[..., _FIELD_OF_COLUMN].reshape(n, -1)[:, :m]
+    def _rows(words: NDArray[Any], m: int) -> NDArray[np.uint8]:
+        """Words ``[n, m/8]`` -> their fields ``[m, n]``."""
+        words = np.ascontiguousarray(words.T).view(np.uint32)
+        rows = np.empty((len(words), _FIELDS, words.shape[1]), np.uint8)
+        for row, field in enumerate(_FIELD_OF_ROW):
+            rows[:, row] = words >> np.uint32(_BITS * field) & np.uint32(0xF)
+        return rows.reshape(-1, words.shape[1])[:m]
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ class Gemv:
         refuse_bias(parts)
         groups = _groups(k, self.group_size)
         return grouped_tensor(
-            np.ascontiguousarray(unpack_fields(parts["qweight"].load(), _BITS, k, axis=1)),
+            unpack_fields(parts["qweight"].load(), _BITS, k),
             load_half(parts["scales"])[:, :groups],
-            unpack_fields(parts["qzeros"].load(), _BITS, groups, axis=1),
+            unpack_fields(parts["qzeros"].load(), _BITS, groups),
             bits=_BITS,
             group_size=self.group_size,
         )

@@ -90,9 +90,9 @@ class PackQuantized:
             order = None if unset else column_order(groups, k, group_size, may_be_unset=False)
         straddle = self._straddles(shape, parts)
         words = parts["weight_packed"].load()
-        codes = unpack_fields(words, self.bits, k, axis=1, straddle=straddle)
+        codes = unpack_fields(words, self.bits, k, straddle=straddle)
         return grouped_tensor(
-            np.ascontiguousarray(codes if order is None else codes[:, order]),
+            codes if order is None else np.take(codes, order, axis=1),
             load_half(parts["weight_scale"]),
             self._zeros(m, parts, straddle),
             bits=self.bits,
@@ -106,11 +106,11 @@ class PackQuantized:
             return float(middle)
         tensor = parts["weight_zero_point"]
         if tensor.dtype == "I8":
-            zeros = tensor.load().astype(np.int16) + middle
+            zeros: NDArray[np.int16] = tensor.load().astype(np.int16) + np.int16(middle)
             if zeros.min() < 0 or zeros.max() >= 1 << self.bits:
                 raise ValueError(f"weight_zero_point does not fit in {self.bits} bits")
             return zeros
-        return unpack_fields(tensor.load(), self.bits, m, axis=0, straddle=straddle)
+        return unpack_fields(tensor.load().T, self.bits, m, straddle=straddle).T
 
     def _words(self, n: int, straddle: bool) -> int:
         return -(-n * self.bits // 32) if straddle else -(-n // (32 // self.bits))

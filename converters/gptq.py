@@ -80,10 +80,9 @@ class Gptq:
         if "g_idx" in parts:
             groups = parts["g_idx"].load()
             order = column_order(groups, k, group_size, may_be_unset=not self.act_order)
-        codes = unpack_fields(parts["qweight"].load(), self.bits, k, axis=0)
-        codes = codes if order is None else codes[order]
+        codes = unpack_fields(parts["qweight"].load().T, self.bits, k)
         return grouped_tensor(
-            np.ascontiguousarray(codes.T),
+            codes if order is None else np.take(codes, order, axis=1),
             load_half(parts["scales"]).T,
             self._zeros(parts["qzeros"].load(), m).T,
             bits=self.bits,
@@ -99,12 +98,12 @@ class Gptq:
         field of 0 takes from its neighbour goes back when 1 is added likewise. Fields of other
         numbers of bits, which cross words, are counted down one by one."""
         if not self.one_less:
-            return unpack_fields(words, self.bits, m, axis=1)
+            return unpack_fields(words, self.bits, m)
         if self.bits in _WORD_ONES:
             with np.errstate(over="ignore"):
                 words = words.view(np.uint32) + np.uint32(_WORD_ONES[self.bits])
-            return unpack_fields(words, self.bits, m, axis=1)
-        fields = unpack_fields(words, self.bits, m, axis=1)
+            return unpack_fields(words, self.bits, m)
+        fields = unpack_fields(words, self.bits, m)
         fields += np.uint8(1)
         fields &= np.uint8((1 << self.bits) - 1)
         return fields

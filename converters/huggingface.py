@@ -61,7 +61,7 @@ def read(path: Path) -> Checkpoint:
         name: tensor
         for name, tensor in _stored_tensors(path).items()
         if not _UNUSED.fullmatch(name)
-        and not (name.startswith("lm_head.") and config.tie_word_embeddings)
+        and not (name == "lm_head.weight" and config.tie_word_embeddings)
     }
     shapes = config.tensor_shapes()
     parts = _by_matrix(stored, shapes)

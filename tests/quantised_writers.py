@@ -1,4 +1,7 @@
-"""Writers of the quantised formats, from their descriptions: one field after the other."""
+"""Writers of the quantised formats, from their descriptions: one field after the other.
+
+And the settings that go with them.
+"""
 
 from __future__ import annotations
 
@@ -197,3 +200,31 @@ def hqq(w: Matrix, zeros: NDArray[Any], *, settings: bool = True) -> Tensors:
 def with_zeros(w: Matrix, zeros: NDArray[Any]) -> Matrix:
     """The same with other zero points."""
     return replace(w, zeros=zeros)
+
+
+def gptq_settings(bits: Any, group_size: int, **changes: Any) -> dict[str, Any]:
+    return {"quant_method": "gptq", "bits": bits, "group_size": group_size, **changes}
+
+
+def awq_settings(group_size: int, version: str, **changes: Any) -> dict[str, Any]:
+    common = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True}
+    return {**common, "version": version, **changes}
+
+
+def packed_settings(
+    bits: int, group_size: int, *, symmetric: bool, **changes: Any
+) -> dict[str, Any]:
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "channel" if group_size == -1 else "group",
+        "group_size": None if group_size == -1 else group_size,
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": group},
+        **changes,
+    }
