@@ -110,7 +110,8 @@ class PackQuantized:
             if zeros.min() < 0 or zeros.max() >= 1 << self.bits:
                 raise ValueError(f"weight_zero_point does not fit in {self.bits} bits")
             return zeros
-        return unpack_fields(tensor.load().T, self.bits, m, straddle=straddle).T
+        columns: NDArray[Any] = unpack_fields(tensor.load().T, self.bits, m, straddle=straddle).T
+        return columns
 
     def _words(self, n: int, straddle: bool) -> int:
         return -(-n * self.bits // 32) if straddle else -(-n // (32 // self.bits))
