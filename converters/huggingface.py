@@ -143,6 +143,9 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     if (path / _SINGLE).is_file():
         return read_header(path / _SINGLE)
     if not (path / _INDEX).is_file():
+        only = list(path.glob("*.safetensors"))
+        if len(only) == 1:  # of a name of its own, as AutoGPTQ gives it
+            return read_header(only[0])
         pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         if pickles:
             raise UnsupportedError(

@@ -339,6 +339,15 @@ def test_a_broken_vocabulary_is_refused(tmp_path: Path, name: str) -> None:
         reader.read(path)
 
 
+def test_weights_in_one_file_of_any_name(tmp_path: Path) -> None:
+    path = folder(tmp_path / "m")
+    (path / "model.safetensors").rename(path / "gptq_model-4bit-128g.safetensors")
+    assert [tensor.name for tensor in reader.read(path).tensors] == list(WEIGHTS)
+    (path / "other.safetensors").write_bytes(b"")
+    with pytest.raises(ModelFileError, match=r"neither model\.safetensors nor"):
+        reader.read(path)
+
+
 def test_folders_without_weights(tmp_path: Path) -> None:
     path = folder(tmp_path / "m")
     (path / "model.safetensors").unlink()
