@@ -144,7 +144,11 @@ def convert_checkpoint(
         source["quantised"] = "rtn " + " ".join(f"{name}={value}" for name, value in settings)
     done, total = 0, checkpoint.n_elements
     with LutWriter(
-        out, config=checkpoint.config, tokenizer=checkpoint.tokenizer, source=source
+        out,
+        config=checkpoint.config,
+        tokenizer=checkpoint.tokenizer,
+        source=source,
+        ordered=[tensor.name for tensor in checkpoint.tensors if tensor.ordered],
     ) as writer:
         for tensor in checkpoint.tensors:
             if progress is not None:
@@ -170,7 +174,7 @@ def _write(writer: LutWriter, tensor: TensorSource, options: QuantOptions) -> No
         quantised = loaded
     else:
         quantised = options.quantize(tensor.name, loaded)
-    writer.add_linear(tensor.name, pack(quantised), quantised.spec)
+    writer.add_linear(tensor.name, pack(quantised), quantised.spec, quantised.order)
 
 
 def _refuse_idle(source: str | Path, checkpoint: Checkpoint, given: set[str]) -> None:

@@ -1,8 +1,9 @@
-"""Reader for folders of dense Hugging Face checkpoints: config.json and safetensors."""
+"""Reader for Hugging Face folders: config.json and safetensors, dense or quantised."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from tmac_py.config import ModelConfig
 from tmac_py.converters.checkpoint import (
     NO_TOKENIZER,
     Checkpoint,
-    FloatMatrix,
+    Shape,
     TensorSource,
     as_float32,
     check_tensors,
@@ -21,13 +22,16 @@ from tmac_py.converters.checkpoint import (
 )
 from tmac_py.converters.huggingface_tokenizer import read_tokenizer_files
 from tmac_py.converters.json_file import read_object
+from tmac_py.converters.quantization_config import all_dense, format_of, read_settings
 from tmac_py.converters.safetensors_file import StoredTensor, read_header
-from tmac_py.errors import ModelFileError, UnsupportedError
+from tmac_py.converters.weight_format import DENSE, FLOATS, Expected, Parts, WeightFormat
+from tmac_py.errors import ModelFileError, TmacError, UnsupportedError
 from tmac_py.tokenizer import Tokenizer
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_DENSE = ("F32", "F16", "BF16")
+_WEIGHT = ".weight"
+_EMBEDDING = "model.embed_tokens.weight"
 _UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Tensors of old checkpoints that hold nothing config.json does not say."""
 
@@ -43,33 +47,86 @@ def read(path: Path) -> Checkpoint:
     Raises ModelFileError or UnsupportedError.
     """
     with naming(path):
+        raw_config = read_object(path / "config.json")
         config = ModelConfig.from_hf(
-            read_object(path / "config.json"),
+            raw_config,
             read_object(path / "generation_config.json", optional=True),
         )
+        quantization = read_settings(path, raw_config)
+        formats = format_of(*quantization) if quantization else all_dense
         files = read_tokenizer_files(path)
         if files:
             config = replace(config, eos_token_ids=_end_tokens(config, files))
-    expected = config.tensor_shapes()
     stored = {
         name: tensor
         for name, tensor in _stored_tensors(path).items()
         if not _UNUSED.fullmatch(name)
         and not (name == "lm_head.weight" and config.tie_word_embeddings)
     }
-    check_tensors(path, {name: tensor.shape for name, tensor in stored.items()}, expected)
-    bad = [f"{name} {stored[name].dtype}" for name in expected if stored[name].dtype not in _DENSE]
-    if bad:
-        raise UnsupportedError(
-            f"{path}: dtypes are not supported: {listed(bad)} ({', '.join(_DENSE)})"
-        )
+    shapes = config.tensor_shapes()
+    parts = _by_matrix(stored, shapes)
+    weights: dict[str, WeightFormat] = {}
+    expected: dict[str, Expected] = {}
+    with naming(path):
+        for name, shape in shapes.items():
+            if len(shape) == 1:
+                expected[name] = Expected(shape, FLOATS)
+                continue
+            module = name.removesuffix(_WEIGHT)
+            try:
+                weights[name] = DENSE if name == _EMBEDDING else formats(module, parts[name])
+                wanted = weights[name].expected(shape, parts[name])
+            except TmacError as error:
+                raise type(error)(f"{module}: {error}") from error
+            expected.update({f"{module}.{part}": tensor for part, tensor in wanted.items()})
+    _check_stored(path, stored, expected)
+    source = {"format": "huggingface", "file": path.resolve().name}
+    if quantization:
+        source["quant_method"] = quantization[0]
     return Checkpoint(
         config=config,
         tokenizer=files,
-        source={"format": "huggingface", "file": path.resolve().name},
-        tensors=[_source(name, stored[name]) for name in expected],
+        source=source,
+        tensors=[
+            _matrix(name, shape, weights[name], parts[name])
+            if name in weights
+            else _vector(name, stored[name])
+            for name, shape in shapes.items()
+        ],
         warnings=() if files else (NO_TOKENIZER.format(path),),
     )
+
+
+def _by_matrix(
+    stored: Mapping[str, StoredTensor], shapes: Mapping[str, Shape]
+) -> dict[str, dict[str, StoredTensor]]:
+    """For each matrix the tensors of its module, by what follows the module's name."""
+    parts: dict[str, dict[str, StoredTensor]] = {n: {} for n, s in shapes.items() if len(s) == 2}
+    for name, tensor in stored.items():
+        module = name.rpartition(".")[0]
+        while module and module + _WEIGHT not in parts:
+            module = module.rpartition(".")[0]
+        if module and len(shapes.get(name, ())) != 1:
+            parts[module + _WEIGHT][name[len(module) + 1 :]] = tensor
+    return parts
+
+
+def _check_stored(
+    path: Path, stored: Mapping[str, StoredTensor], expected: Mapping[str, Expected]
+) -> None:
+    """Names and shapes, reported together, then dtypes."""
+    check_tensors(
+        path,
+        {name: tensor.shape for name, tensor in stored.items()},
+        {name: wanted.shape for name, wanted in expected.items()},
+    )
+    bad = [
+        f"{name} {stored[name].dtype} ({', '.join(wanted.dtypes)})"
+        for name, wanted in expected.items()
+        if stored[name].dtype not in wanted.dtypes
+    ]
+    if bad:
+        raise UnsupportedError(f"{path}: dtypes are not supported: {listed(bad)}")
 
 
 def _end_tokens(config: ModelConfig, files: dict[str, bytes]) -> tuple[int, ...]:
@@ -86,6 +143,9 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     if (path / _SINGLE).is_file():
         return read_header(path / _SINGLE)
     if not (path / _INDEX).is_file():
+        only = list(path.glob("*.safetensors"))
+        if len(only) == 1:  # of a name of its own, as AutoGPTQ gives it
+            return read_header(only[0])
         pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         if pickles:
             raise UnsupportedError(
@@ -109,11 +169,10 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _source(name: str, tensor: StoredTensor) -> TensorSource:
-    if len(tensor.shape) == 1:
-        return TensorSource(name, tensor.shape, lambda: as_float32(tensor.load()))
-    return TensorSource(name, tensor.shape, partial(_matrix, tensor), dense=True)
+def _vector(name: str, tensor: StoredTensor) -> TensorSource:
+    return TensorSource(name, tensor.shape, lambda: as_float32(tensor.load()))
 
 
-def _matrix(tensor: StoredTensor) -> FloatMatrix:
-    return FloatMatrix(tensor.load())
+def _matrix(name: str, shape: Shape, weights: WeightFormat, parts: Parts) -> TensorSource:
+    load = partial(weights.load, shape, parts)
+    return TensorSource(name, shape, load, dense=weights.dense, ordered=weights.ordered)

@@ -367,6 +367,14 @@ def invariance_cases(tables: str, bits: int) -> list[LinearCase]:
     ]
 
 
+def ordered(case: LinearCase) -> LinearCase:
+    """The same product, of columns that multiply the activations in some other order."""
+    order = np.random.default_rng(case.q.k).permutation(case.q.k).astype(np.int32)
+    x = np.empty_like(case.x)
+    x[:, order] = case.x
+    return replace(case, name=f"{case.name} ordered", q=replace(case.q, order=order), x=x)
+
+
 def pieces(case: LinearCase) -> list[LinearCase]:
     """The tokens of a case in smaller products whose definition is the same: together they must
     give the same bits. Token by token, but for int8 activations that are multiplied otherwise."""

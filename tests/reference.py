@@ -232,10 +232,12 @@ def multipliers(limits: NDArray[np.float32], most: NDArray[np.float32]) -> NDArr
 
 
 def product(q: QuantTensor, x: NDArray[np.float32], kind: str) -> Product:
-    """Dequantised q [m, k] times x [k], with arithmetic of that kind (a key of STEPS).
+    """Dequantised q [m, k] times x [k], with arithmetic of that kind (a key of STEPS). Tables and
+    regions are those of x in the order of the codes' columns.
 
     What the core does in float32 is done in float64 here. docs/kernels.md describes the algorithm.
     """
+    x = x if q.order is None else x[q.order]
     cut, ternary = cut_of(q, kind), q.encoding == "ternary"
     positions, first_of_group, n_chunks = chunked(q, kind)
     n_regions = len(positions)

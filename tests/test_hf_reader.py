@@ -156,7 +156,9 @@ def test_what_is_stored_but_not_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "quant_method 'aqlm' is not"),
+        ({"quantization_config": {"bits": 4}}, "quant_method must name the method"),
+        ({"quantization_config": [4]}, "quantization_config must be an object"),
         ({"model_type": "gpt_neox"}, "gpt_neox"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "gelu"),
@@ -334,6 +336,15 @@ def test_a_broken_vocabulary_is_refused(tmp_path: Path, name: str) -> None:
     path = folder(tmp_path / "m")
     (path / name).write_bytes(b"pieces")
     with pytest.raises(ModelFileError, match=rf"{path}.*{name} cannot be read"):
+        reader.read(path)
+
+
+def test_weights_in_one_file_of_any_name(tmp_path: Path) -> None:
+    path = folder(tmp_path / "m")
+    (path / "model.safetensors").rename(path / "gptq_model-4bit-128g.safetensors")
+    assert [tensor.name for tensor in reader.read(path).tensors] == list(WEIGHTS)
+    (path / "other.safetensors").write_bytes(b"")
+    with pytest.raises(ModelFileError, match=r"neither model\.safetensors nor"):
         reader.read(path)
 
 

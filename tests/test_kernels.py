@@ -22,6 +22,7 @@ from kernel_cases import (
     integer_cases,
     integer_matrix,
     invariance_cases,
+    ordered,
     pieces,
 )
 from tmac_py import _core
@@ -59,7 +60,7 @@ def pack(q: QuantTensor) -> NDArray[np.uint8]:
 
 
 def linear(q: QuantTensor) -> _core.Linear:
-    return _core.Linear(pack(q), m=q.m, k=q.k, zero=q.zero, **encoding(q))
+    return _core.Linear(pack(q), m=q.m, k=q.k, zero=q.zero, order=q.order, **encoding(q))
 
 
 def run(case: LinearCase, pool: _core.ThreadPool) -> NDArray[np.float32]:
@@ -94,6 +95,21 @@ class TestProduct:
                 assert run(case, _core.ThreadPool(threads)).tobytes() == y.tobytes()
             apart = [run(piece, pool) for piece in pieces(case)]
             assert np.concatenate(apart).tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("tables", TABLES)
+@pytest.mark.parametrize("bits", [*BITS, *BCQ])
+def test_columns_in_another_order(tables: str, bits: int, pool: _core.ThreadPool) -> None:
+    """Activations are gathered before any kernel sees them: one instruction set is enough."""
+    for case in invariance_cases(tables, bits):
+        other = ordered(case)
+        for n in (1, 4, 17, len(case.x)):
+            want = run(replace(case, x=case.x[:n]), pool)
+            for threads in (1, 3):
+                got = run(replace(other, x=other.x[:n]), _core.ThreadPool(threads))
+                assert got.tobytes() == want.tobytes()
+        few = replace(other, x=other.x[:2])
+        few.check(run(few, pool))
 
 
 @pytest.mark.parametrize("tables", TABLES)

@@ -189,9 +189,9 @@ def test_a_version_that_is_no_number(lut: Path, version: str) -> None:
 
 def test_newer_version_says_so_before_anything_else(lut: Path) -> None:
     header, data = split(lut)
-    header["__metadata__"] = {"tmac.format": "2", "tmac.new": "?"}
+    header["__metadata__"] = {"tmac.format": "3", "tmac.new": "?"}
     join(lut, header, data, sign=False)
-    assert refusal(lut).startswith("written in format version 2, newer than version 1")
+    assert refusal(lut).startswith("written in format version 3, newer than version 2")
 
 
 def change(header: dict[str, Any], key: str, edit: Callable[[dict[str, Any]], object]) -> None:

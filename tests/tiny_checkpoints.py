@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmac_py.config import ModelConfig
+from tmac_py.converters.quantization_config import format_of
+from tmac_py.converters.safetensors_file import read_header
+from tmac_py.converters.weight_format import Parts, WeightFormat
+from tmac_py.quant import MatrixLike, QuantTensor
 
 TINY = ModelConfig(
     hidden_size=256,
@@ -150,23 +155,65 @@ def gguf_tensors(
     return stored
 
 
-def save_safetensors(path: Path, tensors: dict[str, NDArray[Any]], dtype: str) -> None:
-    """A safetensors file written byte by byte; bfloat16 by cutting float32 in half."""
+_KINDS = {"f": "F", "i": "I", "u": "U"}
+
+
+def save_safetensors(path: Path, tensors: dict[str, NDArray[Any]], dtype: str | None) -> None:
+    """A safetensors file written byte by byte; bfloat16 by cutting float32 in half.
+
+    Without ``dtype`` every tensor keeps its own; uint16 is bfloat16.
+    """
     header, data = {}, b""
     for name, w in tensors.items():
         if dtype == "BF16":
             raw = (np.ascontiguousarray(w, np.float32).view(np.uint32) >> 16).astype("<u2")
-        else:
+        elif dtype is not None:
             raw = w.astype({"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1"}[dtype])
+        else:
+            raw = w
+        own = "BF16" if w.dtype == np.uint16 else f"{_KINDS[w.dtype.kind]}{w.dtype.itemsize * 8}"
         content = raw.tobytes()
         header[name] = {
-            "dtype": dtype,
+            "dtype": dtype or own,
             "shape": list(w.shape),
             "data_offsets": [len(data), len(data) + len(content)],
         }
         data += content
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """One module of a quantised checkpoint and the format that its settings name."""
+
+    weights: WeightFormat
+    parts: Parts
+    shape: tuple[int, ...]
+
+    def load(self) -> QuantTensor | MatrixLike:
+        """The matrix, after a look at the tensors."""
+        expected = self.weights.expected(self.shape, self.parts)
+        found = {name: tensor.shape for name, tensor in self.parts.items()}
+        assert found == {name: wanted.shape for name, wanted in expected.items()}
+        assert all(self.parts[name].dtype in wanted.dtypes for name, wanted in expected.items())
+        return self.weights.load(self.shape, self.parts)
+
+
+def open_module(
+    folder: Path,
+    settings: dict[str, Any],
+    tensors: dict[str, NDArray[Any]],
+    shape: tuple[int, ...],
+    *,
+    module: str = "model.layers.0.mlp.up_proj",
+) -> StoredModule:
+    """A module of these ``tensors``, by what follows its name, out of a file."""
+    path = folder / "module.safetensors"
+    save_safetensors(path, {f"{module}.{part}": w for part, w in tensors.items()}, None)
+    parts = {name.removeprefix(f"{module}."): t for name, t in read_header(path).items()}
+    formats = format_of(settings["quant_method"], settings)
+    return StoredModule(formats(module, parts), parts, shape)
 
 
 def hf_config(config: ModelConfig, **changes: Any) -> dict[str, Any]:
@@ -187,10 +234,10 @@ def hf_config(config: ModelConfig, **changes: Any) -> dict[str, Any]:
 
 def write_hf(
     folder: Path,
-    weights: dict[str, NDArray[np.float32]],
+    weights: dict[str, NDArray[Any]],
     config: dict[str, Any],
     *,
-    dtype: str = "F32",
+    dtype: str | None = "F32",
     shards: int = 1,
 ) -> Path:
     """A Hugging Face folder, in one file or in shards with an index."""

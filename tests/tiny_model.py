@@ -60,11 +60,21 @@ def binary(weights, bits=4) -> QuantTensor:
 
 
 def write_tiny_model(
-    path: Path, *, seed=0, bits=4, chat=True, files=None, special=(), quantize=ternary, **config
+    path: Path,
+    *,
+    seed=0,
+    bits=4,
+    chat=True,
+    files=None,
+    special=(),
+    quantize=ternary,
+    change=lambda _name, q: q,
+    **config,
 ) -> Path:
     """Write the model to ``path``; the vocabulary is padded beyond what the tokenizer has.
 
-    Matrices whose names hold one of ``special`` are quantised by ``quantize``.
+    Matrices whose names hold one of ``special`` are quantised by ``quantize``; ``change`` is called
+    with the name of each and what it was quantised to.
     """
     if files is None:
         settings = {"add_bos_token": False, "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
@@ -76,7 +86,13 @@ def write_tiny_model(
             files["chat_template.jinja"] = CHATML.encode()
     random = np.random.default_rng(seed)
     model = tiny_config(**config)
-    with LutWriter(path, config=model, tokenizer=files, source={"test": "random"}) as writer:
+    with LutWriter(
+        path,
+        config=model,
+        tokenizer=files,
+        source={"test": "random"},
+        ordered=[name for name in model.tensor_shapes() if "_proj" in name or "lm_head" in name],
+    ) as writer:
         for name, shape in model.tensor_shapes().items():
             if len(shape) == 1:
                 writer.add_float(name, random.uniform(0.5, 1.5, shape).astype(np.float32))
@@ -89,5 +105,6 @@ def write_tiny_model(
                 q = quantize_rtn(
                     weights * (8 if head else 1), bits=8 if head else bits, group_size=32
                 )
-            writer.add_linear(name, pack(q), q.spec)
+            q = change(name, q)
+            writer.add_linear(name, pack(q), q.spec, q.order)
     return path

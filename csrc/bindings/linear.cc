@@ -119,15 +119,22 @@ void bind_linear(py::module_& module) {
                                                   "A packed matrix, ready to be multiplied with.")
       .def(py::init([](const py::array& packed, int64_t m, int64_t k, int bits, int64_t group_size,
                        const std::string& offset_kind, float zero, const std::string& encoding,
-                       std::optional<float> scale) {
+                       std::optional<float> scale, const std::optional<py::array>& order) {
              const LinearSpec spec =
                  parse_spec(m, k, bits, group_size, offset_kind, encoding, scale, zero);
              const auto* data =
                  array_data<uint8_t>(packed, "packed", {spec.packed_bytes()}, "uint8");
-             return std::make_shared<PyLinear>(PyLinear{{spec, data}, packed});
+             auto self = std::make_shared<PyLinear>(PyLinear{{spec, data}, packed, {}});
+             if (order) {
+               const auto* columns = array_data<int32_t>(*order, "order", {k}, "int32");
+               self->order.assign(columns, columns + k);
+               check_order(self->order.data(), k);
+               self->linear.order = self->order.data();
+             }
+             return self;
            }),
            "packed"_a, py::kw_only(), "m"_a, "k"_a, "bits"_a, "group_size"_a, "offset_kind"_a,
-           "zero"_a, "encoding"_a = "uniform", "scale"_a = py::none())
+           "zero"_a, "encoding"_a = "uniform", "scale"_a = py::none(), "order"_a = py::none())
       .def_property_readonly("m", [](const PyLinear& self) { return self.linear.spec.m; })
       .def_property_readonly("k", [](const PyLinear& self) { return self.linear.spec.k; })
       .def_property_readonly("bits", [](const PyLinear& self) { return self.linear.spec.bits; })

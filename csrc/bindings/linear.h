@@ -6,10 +6,12 @@
 
 namespace tmac {
 
-// A packed matrix in Python's hands: keeps its bytes alive.
+// A packed matrix in Python's hands: keeps its bytes alive, and an order of its own, which nobody
+// can change once it is checked.
 struct PyLinear {
   Linear linear;
   py::array packed;
+  std::vector<int32_t> order;
 };
 
 Tables parse_tables(const std::string& text);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "core/check.h"
 #include "core/half.h"
@@ -96,6 +97,16 @@ void check_spec(const LinearSpec& spec) {
                      (spec.ternary() && spec.group_size == spec.k && std::isfinite(spec.scale)),
                  "a scale for the whole matrix must be finite, and the matrix ternary, its "
                  "group_size k");
+}
+
+void check_order(const int32_t* order, int64_t k) {
+  std::vector<bool> seen(static_cast<size_t>(k), false);
+  for (int64_t j = 0; j < k; ++j) {
+    const bool fits = order[j] >= 0 && order[j] < k && !seen[static_cast<size_t>(order[j])];
+    check_argument(fits, "order must hold each of 0 to ", k - 1, " once; entry ", j, " is ",
+                   order[j]);
+    seen[static_cast<size_t>(order[j])] = true;
+  }
 }
 
 void pack(const LinearSpec& spec, const uint8_t* codes, const uint16_t* scales,

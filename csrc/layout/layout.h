@@ -96,6 +96,18 @@ struct LinearSpec {
 // Throws std::invalid_argument naming the first field that is out of range.
 void check_spec(const LinearSpec& spec);
 
+// A packed matrix that somebody else owns and keeps alive.
+struct Linear {
+  LinearSpec spec;
+  const uint8_t* packed = nullptr;  // [spec.packed_bytes()]
+  // [spec.k] a permutation, or null: column j of the codes multiplies activation order[j]. So
+  // columns of equal scale stand together, however the matrix was quantised (GPTQ's act-order).
+  const int32_t* order = nullptr;
+};
+
+// Throws std::invalid_argument unless `order` holds each of 0 .. k - 1 once.
+void check_order(const int32_t* order, int64_t k);
+
 // Width of the set of planes that starts at plane `first`, of `bits` planes.
 constexpr int plane_set_width(int bits, int first) {
   return bits - first >= 4 ? 4 : bits - first >= 2 ? 2 : 1;

@@ -32,6 +32,7 @@ void check_model(const DecoderConfig& config, const DecoderWeights& weights) {
   const int64_t intermediate = weights.layers[0].gate.spec.m;
   const int64_t q_width = config.n_heads * config.head_dim;
   const int64_t kv_width = config.n_kv_heads * config.head_dim;
+  check_argument(weights.embed_tokens.order == nullptr, "embed_tokens must have no order");
   check_shape("lm_head", weights.lm_head, weights.embed_tokens.spec.m, hidden);
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     const LayerWeights& w = weights.layers[i];
@@ -221,13 +222,11 @@ struct Decoder::Pass {
 };
 
 Decoder::Decoder(DecoderConfig config, DecoderWeights weights)
-    : config_(std::move(config)),
-      weights_(std::move(weights)),
-      head_plan_({weights_.lm_head.spec}) {
+    : config_(std::move(config)), weights_(std::move(weights)), head_plan_({weights_.lm_head}) {
   check_model(config_, weights_);
   for (const LayerWeights& w : weights_.layers) {
-    plans_.push_back({InputPlan({w.q.spec, w.k.spec, w.v.spec}), InputPlan({w.o.spec}),
-                      InputPlan({w.gate.spec, w.up.spec}), InputPlan({w.down.spec})});
+    plans_.push_back({InputPlan({w.q, w.k, w.v}), InputPlan({w.o}), InputPlan({w.gate, w.up}),
+                      InputPlan({w.down})});
   }
 }
 

@@ -5,6 +5,14 @@
 
 namespace tmac {
 
+bool InputShape::operator==(const InputShape& o) const {
+  const auto same_order = [&] {
+    if (order == o.order) return true;
+    return order != nullptr && o.order != nullptr && std::equal(order, order + k, o.order);
+  };
+  return k == o.k && group_size == o.group_size && piece == o.piece && same_order();
+}
+
 void InputRegions::add_reader(const InputShape& shape) {
   auto set = std::find_if(sets_.begin(), sets_.end(),
                           [&](const Set& other) { return other.shape == shape; });
@@ -25,17 +33,17 @@ bool prefers_tables_for(const LinearSpec& spec, Tables tables) {
 
 }  // namespace
 
-InputPlan::InputPlan(std::initializer_list<LinearSpec> readers) : k_(readers.begin()->k) {
+InputPlan::InputPlan(std::initializer_list<Linear> readers) : k_(readers.begin()->spec.k) {
   std::fill(std::begin(serves_rows_), std::end(serves_rows_), true);
   std::fill(std::begin(prefers_tables_), std::end(prefers_tables_), true);
-  for (const LinearSpec& spec : readers) {
-    tables_.add_reader(InputShape::of_tables(spec));
-    rows_.add_reader(InputShape::of_rows(spec));
-    cuts_regions_ |= tmac::cuts_regions(spec);
-    shares_units_ &= can_share_units(spec);
+  for (const Linear& w : readers) {
+    tables_.add_reader(InputShape::of_tables(w));
+    rows_.add_reader(InputShape::of_rows(w));
+    cuts_regions_ |= tmac::cuts_regions(w.spec);
+    shares_units_ &= can_share_units(w.spec);
     for (int kind = 0; kind < kTableKinds; ++kind) {
-      serves_rows_[kind] &= tmac::serves_rows(spec, static_cast<Tables>(kind));
-      prefers_tables_[kind] &= prefers_tables_for(spec, static_cast<Tables>(kind));
+      serves_rows_[kind] &= tmac::serves_rows(w.spec, static_cast<Tables>(kind));
+      prefers_tables_[kind] &= prefers_tables_for(w.spec, static_cast<Tables>(kind));
     }
   }
 }
@@ -44,7 +52,7 @@ InputPlan::InputPlan(std::initializer_list<LinearSpec> readers) : k_(readers.beg
 void InputRegions::gather(const InputShape& shape, int64_t piece, const float* x, float* out) {
   const int64_t chunk_weights = shape.chunk_weights();
   std::memset(out, 0, sizeof(float) * static_cast<size_t>(shape.piece_weights()));
-  const int64_t group_size = shape.contiguous() ? shape.k : shape.group_size;
+  const int64_t group_size = shape.group_size == 0 ? shape.k : shape.group_size;
   const int64_t group_chunks = ceil_div(group_size, chunk_weights);
   for (int64_t i = 0; i < shape.piece_chunks(); ++i) {
     const int64_t chunk = piece * shape.piece_chunks() + i;
@@ -53,7 +61,12 @@ void InputRegions::gather(const InputShape& shape, int64_t piece, const float* x
     const int64_t begin = group * group_size + chunk % group_chunks * chunk_weights;
     const int64_t end = std::min(shape.k, (group + 1) * group_size);
     const int64_t n = std::min(chunk_weights, end - begin);
-    std::memcpy(out + i * chunk_weights, x + begin, sizeof(float) * static_cast<size_t>(n));
+    float* chunk_out = out + i * chunk_weights;
+    if (shape.order == nullptr) {
+      std::memcpy(chunk_out, x + begin, sizeof(float) * static_cast<size_t>(n));
+    } else {
+      for (int64_t j = 0; j < n; ++j) chunk_out[j] = x[shape.order[begin + j]];
+    }
   }
 }
 

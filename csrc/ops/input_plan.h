@@ -26,28 +26,33 @@ enum class Piece {
 constexpr int64_t kMostPieceWeights = kRowRegionsWeights;
 static_assert(kMostPieceWeights >= kTernaryRegionWeights);
 
-// How a matrix wants its input cut into chunks. Matrices of equal shape can share their input.
+// How a matrix wants its input ordered and cut into chunks. Matrices of equal shape can share their
+// input.
 struct InputShape {
   int64_t k = 0;
   int64_t group_size = 0;  // 0: chunks follow each other; else each group starts a new chunk
   Piece piece = Piece::kRegion;
+  const int32_t* order = nullptr;  // of Linear
 
   int64_t n_chunks = 0;
 
-  static InputShape of_tables(const LinearSpec& spec) {
+  static InputShape of_tables(const Linear& w) {
+    const LinearSpec& spec = w.spec;
     return {spec.k, spec.contiguous_chunks() ? 0 : spec.group_size,
-            spec.ternary() ? Piece::kTernaryRegion : Piece::kRegion, spec.n_chunks()};
+            spec.ternary() ? Piece::kTernaryRegion : Piece::kRegion, w.order, spec.n_chunks()};
   }
-  static InputShape of_rows(const LinearSpec& spec) {
-    if (spec.ternary()) return {spec.k, 0, Piece::kRowRegions, ceil_div(spec.k, kChunkWeights)};
-    InputShape shape = of_tables(spec);
+  static InputShape of_rows(const Linear& w) {
+    InputShape shape = of_tables(w);
     shape.piece = Piece::kRowRegions;
+    if (w.spec.ternary()) {
+      shape.group_size = 0;
+      shape.n_chunks = ceil_div(w.spec.k, kChunkWeights);
+    }
     return shape;
   }
-  bool operator==(const InputShape& o) const {
-    return k == o.k && group_size == o.group_size && piece == o.piece;
-  }
-  bool contiguous() const { return group_size == 0; }
+  bool operator==(const InputShape& o) const;
+  // True if weights and chunks follow each other as the activations do.
+  bool contiguous() const { return group_size == 0 && order == nullptr; }
   bool ternary() const { return piece == Piece::kTernaryRegion; }
   int64_t chunk_weights() const { return ternary() ? kTernaryChunkWeights : kChunkWeights; }
   int64_t piece_chunks() const {
@@ -136,7 +141,7 @@ class InputRegions {
 // What the readers of one activation vector of k need of it, as tables and as integers.
 class InputPlan {
  public:
-  InputPlan(std::initializer_list<LinearSpec> readers);
+  InputPlan(std::initializer_list<Linear> readers);
 
   int64_t k() const { return k_; }
   const InputRegions& regions(int64_t n_tokens) const {

@@ -62,7 +62,7 @@ void multiply_tiles(const Team& team, const Linear& w, Inputs& inputs, const Inp
 void linear_forward(const Linear& w, Tables tables, const float* x, int64_t n, float* y,
                     ThreadPool& pool) {
   kernels();  // throws, if it must, before the threads set out
-  const InputPlan plan({w.spec});
+  const InputPlan plan({w});
   const bool looks_up = !plan.serves_rows(tables) || plan.prefers_tables(tables);
   const int64_t at_once = std::min(n, looks_up ? kTableTokens : kTokensAtOnce);
   Inputs inputs(tables, plan.most_regions(), at_once, pool.threads());

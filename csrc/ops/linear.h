@@ -8,12 +8,6 @@
 
 namespace tmac {
 
-// A packed matrix that somebody else owns and keeps alive.
-struct Linear {
-  LinearSpec spec;
-  const uint8_t* packed = nullptr;  // [spec.packed_bytes()]
-};
-
 // y[t, 32 * tile...] = w . x_t for the tiles [tile_begin, tile_end) and t < n_tokens, where w is a
 // reader of the plan that the inputs were built for. Rows of y are `stride` apart.
 void multiply_tiles(const Team& team, const Linear& w, Inputs& inputs, const InputPlan& plan,

@@ -70,6 +70,7 @@ class Linear:
         zero: float,
         encoding: Encoding = "uniform",
         scale: float | None = None,
+        order: NDArray[np.int32] | None = None,
     ) -> None: ...
     @property
     def m(self) -> int: ...

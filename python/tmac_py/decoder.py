@@ -22,7 +22,7 @@ def build_decoder(file: LutFile, tables: Tables) -> _core.Decoder:
     def linear(name: str) -> _core.Linear:
         packed, spec = file.linear(f"{name}.weight")
         try:
-            return open_linear(packed, spec)
+            return open_linear(packed, spec, file.order(f"{name}.weight"))
         except ValueError as error:
             raise ModelFileError(f"{file.path}: tensor {name}.weight: {error}") from error
 

@@ -25,7 +25,7 @@ class LutLinear:
     Immutable; any number of threads may use it.
 
     Args:
-        weights: codes, scales and offsets of the matrix.
+        weights: codes, scales and offsets of the matrix, and their order.
         threads: 1 to 1024; None takes the performance cores that this process may use (CPU
             affinity and quota included). Matrices with the same number share the threads.
         tables: ``"int8"`` (fast), ``"exact"`` (activations rounded to 14 bits, exact sums) or
@@ -47,7 +47,7 @@ class LutLinear:
         packed = pack(weights)
         self.spec = weights.spec
         self.nbytes = packed.nbytes
-        self._linear = open_linear(packed, self.spec)
+        self._linear = open_linear(packed, self.spec, weights.order)
 
     @classmethod
     def from_dense(

@@ -22,6 +22,7 @@ from tmac_py.lutheader import (
     TOKENIZER_PREFIX,
     Header,
     TensorEntry,
+    order_of,
     parse_header,
 )
 from tmac_py.spec import LinearSpec
@@ -100,6 +101,14 @@ class LutFile:
         if entry.spec is None:
             raise KeyError(name)
         return self._bytes(entry), entry.spec
+
+    def order(self, name: str) -> NDArray[np.int32] | None:
+        """Which activation each column of that packed matrix multiplies, int32 [k].
+
+        None where column j multiplies activation j.
+        """
+        entry = self.tensors.get(order_of(name))
+        return None if entry is None else self._bytes(entry).view("<i4")
 
     def float(self, name: str) -> NDArray[np.float32]:
         """A float32 vector. Raises KeyError if there is none of that name."""

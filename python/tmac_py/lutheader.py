@@ -16,11 +16,14 @@ from tmac_py.errors import ModelFileError, TmacError
 from tmac_py.quant import MAX_BCQ_BITS, MAX_BITS
 from tmac_py.spec import LAYOUTS, LinearSpec, OffsetKind
 
-FORMAT_VERSION = 1
-"""Version written into, and the newest one read from, a .lut file."""
+FORMAT_VERSION = 2
+"""The newest version that is read. Files are written in the oldest that can hold them: 2 if a
+matrix has an order, else 1."""
 
 ALIGNMENT = 64
 TOKENIZER_PREFIX = "tokenizer/"
+WEIGHT_SUFFIX = ".weight"
+ORDER_SUFFIX = ".order"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors limit
 
 _FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
@@ -33,12 +36,17 @@ _ROW_TILE = 32
 _CHUNK = 8
 _TERNARY_CHUNK = 24
 
-TensorKind = Literal["linear", "float", "file"]
+TensorKind = Literal["linear", "order", "float", "file"]
+
+_DTYPES: dict[TensorKind, str] = {"linear": "U8", "order": "I32", "float": "F32", "file": "U8"}
+_ITEM_BYTES = {"U8": 1, "I32": 4, "F32": 4}
+_UNORDERED = "model.embed_tokens.weight"
+"""A matrix whose rows are read, not multiplied."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: packed matrix, float32 array, or the bytes of a tokenizer file.
+    """One tensor of a file: packed matrix, its order, float32 array, or bytes of a tokenizer file.
 
     ``shape`` is ``(m, k)`` for a packed matrix, ``start`` counts bytes from the start of the data.
     """
@@ -126,6 +134,10 @@ def check_shapes(config: ModelConfig, entries: Iterable[TensorEntry]) -> None:
     """Raise one ModelFileError that lists every missing, unexpected or mis-shaped tensor."""
     expected = config.tensor_shapes()
     found = {entry.name: entry for entry in entries if entry.kind != "file"}
+    for name, entry in found.items():
+        matrix = matrix_of(name)
+        if entry.kind == "order" and len(expected.get(matrix, ())) == 2 and matrix != _UNORDERED:
+            expected[name] = expected[matrix][1:]
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
     wrong = [
@@ -143,6 +155,16 @@ def check_shapes(config: ModelConfig, entries: Iterable[TensorEntry]) -> None:
         raise ModelFileError(f"tensors do not match the configuration: {'; '.join(parts)}")
 
 
+def order_of(matrix: str) -> str:
+    """Name of the tensor that holds the order of a packed matrix."""
+    return matrix.removesuffix(WEIGHT_SUFFIX) + ORDER_SUFFIX
+
+
+def matrix_of(order: str) -> str:
+    """The inverse of `order_of`."""
+    return order.removesuffix(ORDER_SUFFIX) + WEIGHT_SUFFIX
+
+
 def check_file_name(name: str) -> None:
     """Raise ModelFileError unless ``name`` may name a tokenizer file."""
     if not _FILE_NAME.fullmatch(name):
@@ -154,16 +176,19 @@ def build_header(
 ) -> bytes:
     """Length and JSON, padded with spaces to at least ``size`` bytes and a multiple of 64."""
     tensors: dict[str, dict[str, Any]] = {}
+    version = 1
     header: dict[str, Any] = {"__metadata__": {}}
     for entry in entries:
         tensors[entry.name] = {**_describe(entry.spec), "xxh3": entry.xxh3}
+        version = 2 if entry.kind == "order" else version
+        bytes_only = _DTYPES[entry.kind] == "U8"
         header[entry.name] = {
-            "dtype": "F32" if entry.kind == "float" else "U8",
-            "shape": list(entry.shape) if entry.kind == "float" else [entry.nbytes],
+            "dtype": _DTYPES[entry.kind],
+            "shape": [entry.nbytes] if bytes_only else list(entry.shape),
             "data_offsets": [entry.start, entry.start + entry.nbytes],
         }
     header["__metadata__"] = {
-        "tmac.format": str(FORMAT_VERSION),
+        "tmac.format": str(version),
         "tmac.config": _dump(config.to_dict()),
         "tmac.tensors": _dump(tensors),
         "tmac.source": _dump(dict(source)),
@@ -253,20 +278,25 @@ def _parse_entry(name: str, info: object, described: object) -> TensorEntry:
         spec = None
         kind: TensorKind
         if name.startswith(TOKENIZER_PREFIX):
-            kind, item = "file", 1
+            kind = "file"
             check_file_name(name[len(TOKENIZER_PREFIX) :])
+        elif name.endswith(ORDER_SUFFIX):
+            kind = "order"
         elif dtype == "F32":
-            kind, item = "float", 4
+            kind = "float"
         else:
-            kind, item = "linear", 1
+            kind = "linear"
             spec = _parse_spec(fields)
             fields = {}
             if nbytes != packed_nbytes(spec):
                 raise ModelFileError(f"holds {nbytes} bytes, must hold {packed_nbytes(spec)}")
         if fields:
             raise ModelFileError(f"unknown key {', '.join(fields)}")
-        if dtype != ("F32" if kind == "float" else "U8"):
-            raise ModelFileError(f"dtype {dtype!r} is not allowed here (U8, or F32 for norms)")
+        if dtype != _DTYPES[kind]:
+            raise ModelFileError(
+                f"dtype {dtype!r} is not allowed here (U8, I32 for orders, or F32 for norms)"
+            )
+        item = _ITEM_BYTES[dtype]
         if math.prod(shape) * item != nbytes or (kind != "float" and len(shape) != 1):
             raise ModelFileError(f"shape {shape} does not agree with its {nbytes} bytes")
         if start % (ALIGNMENT if kind == "linear" else item):

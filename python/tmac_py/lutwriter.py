@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +20,12 @@ from tmac_py.errors import ModelFileError
 from tmac_py.lutheader import (
     TOKENIZER_PREFIX,
     TensorEntry,
+    TensorKind,
     build_header,
     check_file_name,
     check_shapes,
     check_spec,
+    order_of,
     packed_nbytes,
 )
 from tmac_py.spec import LinearSpec
@@ -45,19 +47,22 @@ class LutWriter:
         config: ModelConfig,
         tokenizer: Mapping[str, bytes],
         source: Mapping[str, str],
+        ordered: Collection[str] = (),
     ) -> None:
+        """``ordered`` names the matrices that may get an order."""
         self._path = Path(path)
         self._config = config
         self._source = dict(source)
         self._tokenizer = dict(tokenizer)
         self._shapes = config.tensor_shapes()
         self._linears: dict[str, TensorEntry] = {}
+        self._orders: dict[str, NDArray[np.int32]] = {}
         self._floats: dict[str, NDArray[np.float32]] = {}
         self._end = 0
         self._temporary: Path | None = None
         for name in self._tokenizer:
             check_file_name(name)
-        self._data_start = _largest_header(config, self._source, self._tokenizer)
+        self._data_start = _largest_header(config, self._source, self._tokenizer, ordered)
 
     def __enter__(self) -> LutWriter:
         if self._path.is_dir():
@@ -70,8 +75,14 @@ class LutWriter:
         self._temporary = temporary
         return self
 
-    def add_linear(self, name: str, packed: NDArray[np.uint8], spec: LinearSpec) -> None:
-        """Append one packed matrix, uint8 ``[packed_nbytes]``.
+    def add_linear(
+        self,
+        name: str,
+        packed: NDArray[np.uint8],
+        spec: LinearSpec,
+        order: NDArray[np.int32] | None = None,
+    ) -> None:
+        """Append one packed matrix, uint8 ``[packed_nbytes]``, and keep its order ``[k]``.
 
         Raises ModelFileError when name, shape or size do not fit the configuration, OSError on a
         full disk.
@@ -86,6 +97,8 @@ class LutWriter:
                 f"tensor {name}: packed must be uint8 [{packed_nbytes(spec)}], "
                 f"found {packed.dtype} {list(packed.shape)}"
             )
+        if order is not None:
+            self._orders[order_of(name)] = np.array(order, dtype="<i4", order="C")
         data = np.ascontiguousarray(packed).data
         self._write(self._data_start + self._end, data)
         self._linears[name] = TensorEntry(
@@ -121,21 +134,23 @@ class LutWriter:
                 self._temporary.unlink(missing_ok=True)
 
     def _commit(self) -> None:
-        rest: list[tuple[str, tuple[int, ...], memoryview]] = [
-            (name, self._floats[name].shape, self._floats[name].data.cast("B"))
-            for name in self._shapes
-            if name in self._floats
-        ]
+        rest: list[tuple[str, TensorKind, tuple[int, ...], memoryview]] = []
+        for name in self._shapes:
+            if (order := self._orders.get(order_of(name))) is not None:
+                rest.append((order_of(name), "order", order.shape, order.data.cast("B")))
+        for name in self._shapes:
+            if (values := self._floats.get(name)) is not None:
+                rest.append((name, "float", values.shape, values.data.cast("B")))
         for name in sorted(self._tokenizer):
             data = self._tokenizer[name]
-            rest.append((TOKENIZER_PREFIX + name, (len(data),), memoryview(data)))
+            rest.append((TOKENIZER_PREFIX + name, "file", (len(data),), memoryview(data)))
         entries = list(self._linears.values())
-        for name, shape, view in rest:
+        for name, kind, shape, view in rest:
             self._write(self._data_start + self._end, view)
             entries.append(
                 TensorEntry(
                     name=name,
-                    kind="file" if name.startswith(TOKENIZER_PREFIX) else "float",
+                    kind=kind,
                     shape=shape,
                     start=self._end,
                     nbytes=view.nbytes,
@@ -177,7 +192,10 @@ class LutWriter:
 
 
 def _largest_header(
-    config: ModelConfig, source: Mapping[str, str], tokenizer: Mapping[str, bytes]
+    config: ModelConfig,
+    source: Mapping[str, str],
+    tokenizer: Mapping[str, bytes],
+    ordered: Collection[str],
 ) -> int:
     """Room for the header before any tensor is known: every number at its longest."""
     longest = 10**15
@@ -190,6 +208,8 @@ def _largest_header(
             entries.append(replace(placeholder, name=name, spec=spec))
         else:
             entries.append(replace(placeholder, name=name, kind="float", shape=shape))
+        if name in ordered:
+            entries.append(replace(placeholder, name=order_of(name), kind="order", shape=shape[1:]))
     for name in tokenizer:
         entries.append(replace(placeholder, name=TOKENIZER_PREFIX + name, kind="file"))
     return len(build_header(config, source, entries))

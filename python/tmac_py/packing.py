@@ -11,7 +11,10 @@ from tmac_py.spec import LinearSpec
 
 
 def pack(q: QuantTensor) -> NDArray[np.uint8]:
-    """Codes, scales and offsets in the layout of ``q.spec``: uint8 ``[nbytes]``."""
+    """Codes, scales and offsets in the layout of ``q.spec``: uint8 ``[nbytes]``.
+
+    ``q.order`` is not part of it.
+    """
     return _core.pack(
         q.codes,
         q.scales,
@@ -24,10 +27,13 @@ def pack(q: QuantTensor) -> NDArray[np.uint8]:
     )
 
 
-def open_linear(packed: NDArray[np.uint8], spec: LinearSpec) -> _core.Linear:
+def open_linear(
+    packed: NDArray[np.uint8], spec: LinearSpec, order: NDArray[np.int32] | None = None
+) -> _core.Linear:
     """The core's view of ``packed``, which it keeps alive and does not copy.
 
-    Raises ValueError where the bytes and ``spec`` do not fit together.
+    ``order`` is as in QuantTensor; it is copied. Raises ValueError where bytes, ``spec`` and
+    ``order`` do not fit together.
     """
     return _core.Linear(
         packed,
@@ -39,4 +45,5 @@ def open_linear(packed: NDArray[np.uint8], spec: LinearSpec) -> _core.Linear:
         zero=spec.zero,
         encoding=spec.encoding,
         scale=spec.scale,
+        order=order,
     )

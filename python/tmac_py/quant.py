@@ -78,6 +78,8 @@ class QuantTensor:
     zero: float = 0.0
     encoding: Encoding = "uniform"
     scale: float | None = None  # float32, of the whole matrix: ternary, with group_size k
+    # [k] a permutation: column j of the codes belongs to activation order[j]. None: to activation j
+    order: NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= MAX_BITS:
@@ -124,6 +126,13 @@ class QuantTensor:
                 raise ValueError("one scale needs a ternary matrix with group_size k")
             if not np.isfinite(self.scale) or float(np.float32(self.scale)) != self.scale:
                 raise ValueError(f"scale {self.scale}: a finite float32 is needed")
+        if self.order is not None:
+            if self.order.dtype != np.int32 or self.order.shape != (self.k,):
+                raise ValueError(
+                    f"order {self.order.dtype}{list(self.order.shape)}: int32[{self.k}] is needed"
+                )
+            if not np.array_equal(np.sort(self.order), np.arange(self.k)):
+                raise ValueError(f"order must hold each of 0 to {self.k - 1} once")
 
     @property
     def m(self) -> int:
@@ -155,9 +164,15 @@ class QuantTensor:
         )
 
     def dequantize(self) -> NDArray[np.float32]:
-        """The matrix in float32, ``[m, k]``."""
-        if self.encoding == "bcq":
-            return self._decode()
+        """The matrix in float32, ``[m, k]``; column j multiplies activation j."""
+        out = self._decode_planes() if self.encoding == "bcq" else self._decode()
+        if self.order is None:
+            return out
+        ordered = np.empty_like(out)
+        ordered[:, self.order] = out
+        return ordered
+
+    def _decode(self) -> NDArray[np.float32]:
         out = self.codes.astype(np.float32)
         if self.offset_kind == "zero":
             out -= self._per_column(self.offsets)
@@ -168,7 +183,7 @@ class QuantTensor:
             out += self._per_column(self.offsets)
         return out
 
-    def _decode(self) -> NDArray[np.float32]:
+    def _decode_planes(self) -> NDArray[np.float32]:
         assert self.scales is not None
         out = np.zeros((self.m, self.k), np.float32)
         for p in range(self.bits):

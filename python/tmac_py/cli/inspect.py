@@ -66,6 +66,7 @@ def collect(file: LutFile, *, checked: bool, tensors: bool) -> dict[str, Any]:
         "packed_bytes": packed,
         "bits_per_weight": packed * 8 / weights,
         "norm_bytes": sum(entry.nbytes for entry in floats),
+        "order_bytes": sum(e.nbytes for e in file.tensors.values() if e.kind == "order"),
         "tokenizer": {name: len(data) for name, data in file.tokenizer.items()},
         "matrices": [_summary(name, group) for name, group in _grouped(linears)],
     }
@@ -192,6 +193,9 @@ def _matrix_table(info: dict[str, Any]) -> str:
     return format_table(rows, right="lrrrrlrr", indent="")
 
 
+_TYPES = {"float": "f32", "order": "i32"}
+
+
 def _codes(item: dict[str, Any]) -> str:
     """The bits of a matrix's codes and the name of their encoding, where it is needed."""
     names = {"uniform": f"{item['bits']}", "bcq": f"{item['bits']} bcq", "ternary": "ternary"}
@@ -200,6 +204,8 @@ def _codes(item: dict[str, Any]) -> str:
 
 def _other(info: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("norms (float32)", format_bytes(info["norm_bytes"]))]
+    if info["order_bytes"]:
+        rows.append(("orders (int32)", format_bytes(info["order_bytes"])))
     rows += [(name, format_bytes(size)) for name, size in info["tokenizer"].items()]
     return rows
 
@@ -210,7 +216,7 @@ def _tensor_table(tensors: list[dict[str, Any]]) -> str:
         (
             item["name"],
             " x ".join(map(str, item["shape"])),
-            _codes(item) if "bits" in item else {"float": "f32"}.get(item["kind"], "-"),
+            _codes(item) if "bits" in item else _TYPES.get(item["kind"], "-"),
             str(item.get("group_size", "-")),
             f"{item['bytes']:,}",
             item["xxh3"],
