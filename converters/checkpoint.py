@@ -36,13 +36,15 @@ class TensorSource:
     """One tensor of a checkpoint under its Hugging Face name.
 
     ``load`` returns a QuantTensor where the checkpoint stores codes, a lazy float matrix ``[m, k]``
-    where it stores floats (``dense``), and a float32 array ``[n]`` for a norm.
+    where it stores floats (``dense``), and a float32 array ``[n]`` for a norm. ``codebook`` names
+    the type of a dense matrix that is stored as codes, which a .lut cannot keep.
     """
 
     name: str
     shape: Shape
     load: Callable[[], QuantTensor | MatrixLike | NDArray[np.float32]]
     dense: bool = False
+    codebook: str = ""
 
     @property
     def n_elements(self) -> int:

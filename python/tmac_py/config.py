@@ -20,6 +20,7 @@ MODEL_TYPES = ("llama", "mistral")
 _MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 4096
 _MAX_HEAD_DIM = 65536
+_BITNET = ("activation_bits", "sub_norms")
 _SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -37,7 +38,9 @@ class ModelConfig:
     """One decoder. Immutable; construction does not check, ``validate`` does.
 
     ``rope_scaling`` is None for plain RoPE, else a dict with "rope_type" and the keys of that type
-    (tmac_py.rope). ``sliding_window`` counts positions, 0 means none.
+    (tmac_py.rope). ``sliding_window`` counts positions, 0 means none. ``activation_bits`` is 8 where
+    the checkpoint rounds the inputs of its matrices to 8 bits per token, as BitNet b1.58 does, and
+    None for others. ``sub_norms`` are those before o_proj and down_proj that BitNet has.
     """
 
     architecture: str = "llama"
@@ -57,6 +60,8 @@ class ModelConfig:
     hidden_act: str = "silu"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    activation_bits: int | None = None
+    sub_norms: bool = False
 
     @classmethod
     def from_hf(
@@ -103,8 +108,13 @@ class ModelConfig:
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values; ``from_dict`` is the inverse."""
-        return {**asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+        """All fields as JSON values, without those of BitNet models in others.
+
+        ``from_dict`` is the inverse.
+        """
+        values = {**asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+        unused = [name for name in _BITNET if not values[name]]
+        return {name: value for name, value in values.items() if name not in unused}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -112,7 +122,7 @@ class ModelConfig:
         names = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(names)):
             raise ModelFileError(f"config: unknown key {', '.join(unknown)}")
-        if missing := [name for name in names if name not in values]:
+        if missing := [name for name in names if name not in values and name not in _BITNET]:
             raise ModelFileError(f"config: missing key {', '.join(missing)}")
         typed = dict(values)
         for name in ("rms_norm_eps", "rope_theta"):
@@ -128,15 +138,25 @@ class ModelConfig:
         """Raise UnsupportedError or ModelFileError, naming the key, unless all make sense."""
         if self.architecture != "llama":
             raise UnsupportedError(f"architecture {self.architecture!r} is not supported (llama)")
+        lacking = []
         if self.hidden_act != "silu":
-            raise UnsupportedError(f"hidden_act {self.hidden_act!r} is not supported (silu)")
+            lacking.append(f"hidden_act {self.hidden_act!r} (silu is)")
+        if self.sub_norms:
+            lacking.append("norms before o_proj and down_proj (attn_sub_norm, ffn_sub_norm)")
+        if lacking:
+            raise UnsupportedError(f"not supported yet: {', and '.join(lacking)}")
         for name in _SIZES:
             _require_int(name, getattr(self, name), 1, _MAX_SIZE)
         _require_int("num_hidden_layers", self.num_hidden_layers, 1, _MAX_LAYERS)
         _require_int("head_dim", self.head_dim, 1, _MAX_HEAD_DIM)
         _require_int("sliding_window", self.sliding_window, 0, _MAX_SIZE)
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ModelFileError("config: tie_word_embeddings must be true or false")
+        for name in ("tie_word_embeddings", "sub_norms"):
+            if not isinstance(getattr(self, name), bool):
+                raise ModelFileError(f"config: {name} must be true or false")
+        if self.activation_bits is not None and self.activation_bits != 8:
+            raise ModelFileError(
+                f"config: activation_bits must be 8 or absent, found {self.activation_bits!r}"
+            )
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
@@ -177,10 +197,12 @@ class ModelConfig:
             "self_attn.q_proj": (q_rows, hidden),
             "self_attn.k_proj": (kv_rows, hidden),
             "self_attn.v_proj": (kv_rows, hidden),
+            **({"self_attn.attn_sub_norm": (q_rows,)} if self.sub_norms else {}),
             "self_attn.o_proj": (hidden, q_rows),
             "post_attention_layernorm": (hidden,),
             "mlp.gate_proj": (feed_forward, hidden),
             "mlp.up_proj": (feed_forward, hidden),
+            **({"mlp.ffn_sub_norm": (feed_forward,)} if self.sub_norms else {}),
             "mlp.down_proj": (hidden, feed_forward),
         }
         shapes: dict[str, tuple[int, ...]] = {
