@@ -1,8 +1,9 @@
-"""Reader for folders of dense Hugging Face checkpoints: config.json and safetensors."""
+"""Reader for Hugging Face folders: config.json and safetensors, dense or quantised."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from tmac_py.config import ModelConfig
 from tmac_py.converters.checkpoint import (
     NO_TOKENIZER,
     Checkpoint,
-    FloatMatrix,
+    Shape,
     TensorSource,
     as_float32,
     check_tensors,
@@ -21,13 +22,15 @@ from tmac_py.converters.checkpoint import (
 )
 from tmac_py.converters.huggingface_tokenizer import read_tokenizer_files
 from tmac_py.converters.json_file import read_object
+from tmac_py.converters.quantization_config import all_dense, format_of, read_settings
 from tmac_py.converters.safetensors_file import StoredTensor, read_header
+from tmac_py.converters.weight_format import DENSE, Expected, Parts, WeightFormat
 from tmac_py.errors import ModelFileError, UnsupportedError
 from tmac_py.tokenizer import Tokenizer
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_DENSE = ("F32", "F16", "BF16")
+_EMBEDDING = "model.embed_tokens"
 _UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Tensors of old checkpoints that hold nothing config.json does not say."""
 
@@ -43,33 +46,79 @@ def read(path: Path) -> Checkpoint:
     Raises ModelFileError or UnsupportedError.
     """
     with naming(path):
+        raw_config = read_object(path / "config.json")
         config = ModelConfig.from_hf(
-            read_object(path / "config.json"),
+            raw_config,
             read_object(path / "generation_config.json", optional=True),
         )
+        quantization = read_settings(path, raw_config)
+        formats = format_of(*quantization) if quantization else all_dense
         files = read_tokenizer_files(path)
         if files:
             config = replace(config, eos_token_ids=_end_tokens(config, files))
-    expected = config.tensor_shapes()
     stored = {
         name: tensor
         for name, tensor in _stored_tensors(path).items()
         if not _UNUSED.fullmatch(name)
-        and not (name == "lm_head.weight" and config.tie_word_embeddings)
+        and not (name.startswith("lm_head.") and config.tie_word_embeddings)
     }
-    check_tensors(path, {name: tensor.shape for name, tensor in stored.items()}, expected)
-    bad = [f"{name} {stored[name].dtype}" for name in expected if stored[name].dtype not in _DENSE]
-    if bad:
-        raise UnsupportedError(
-            f"{path}: dtypes are not supported: {listed(bad)} ({', '.join(_DENSE)})"
-        )
+    shapes = {name.removesuffix(".weight"): s for name, s in config.tensor_shapes().items()}
+    parts = _by_module(stored, shapes)
+    format_by_module: dict[str, WeightFormat] = {}
+    expected: dict[str, Expected] = {}
+    with naming(path):
+        for module, shape in shapes.items():
+            linear = len(shape) == 2 and module != _EMBEDDING
+            weights = formats(module, parts[module]) if linear else DENSE
+            format_by_module[module] = weights
+            for part, wanted in weights.expected(shape, parts[module]).items():
+                expected[f"{module}.{part}"] = wanted
+    _check_stored(path, stored, expected)
+    source = {"format": "huggingface", "file": path.resolve().name}
+    if quantization:
+        source["quant_method"] = quantization[0]
     return Checkpoint(
         config=config,
         tokenizer=files,
-        source={"format": "huggingface", "file": path.resolve().name},
-        tensors=[_source(name, stored[name]) for name in expected],
+        source=source,
+        tensors=[
+            _source(module, shape, format_by_module[module], parts[module])
+            for module, shape in shapes.items()
+        ],
         warnings=() if files else (NO_TOKENIZER.format(path),),
     )
+
+
+def _by_module(
+    stored: Mapping[str, StoredTensor], modules: Iterable[str]
+) -> dict[str, dict[str, StoredTensor]]:
+    """The tensors of each module, by what follows its name."""
+    parts: dict[str, dict[str, StoredTensor]] = {module: {} for module in modules}
+    for name, tensor in stored.items():
+        module = name
+        while module and module not in parts:
+            module = module.rpartition(".")[0]
+        if module:
+            parts[module][name[len(module) + 1 :]] = tensor
+    return parts
+
+
+def _check_stored(
+    path: Path, stored: Mapping[str, StoredTensor], expected: Mapping[str, Expected]
+) -> None:
+    """Names and shapes, reported together, then dtypes."""
+    check_tensors(
+        path,
+        {name: tensor.shape for name, tensor in stored.items()},
+        {name: wanted.shape for name, wanted in expected.items()},
+    )
+    bad = [
+        f"{name} {stored[name].dtype} ({', '.join(wanted.dtypes)})"
+        for name, wanted in expected.items()
+        if stored[name].dtype not in wanted.dtypes
+    ]
+    if bad:
+        raise UnsupportedError(f"{path}: dtypes are not supported: {listed(bad)}")
 
 
 def _end_tokens(config: ModelConfig, files: dict[str, bytes]) -> tuple[int, ...]:
@@ -109,11 +158,8 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _source(name: str, tensor: StoredTensor) -> TensorSource:
-    if len(tensor.shape) == 1:
-        return TensorSource(name, tensor.shape, lambda: as_float32(tensor.load()))
-    return TensorSource(name, tensor.shape, partial(_matrix, tensor), dense=True)
-
-
-def _matrix(tensor: StoredTensor) -> FloatMatrix:
-    return FloatMatrix(tensor.load())
+def _source(module: str, shape: Shape, weights: WeightFormat, parts: Parts) -> TensorSource:
+    name = f"{module}.weight"
+    if len(shape) == 1:
+        return TensorSource(name, shape, lambda: as_float32(parts["weight"].load()))
+    return TensorSource(name, shape, partial(weights.load, shape, parts), dense=weights.dense)

@@ -117,7 +117,6 @@ def test_generation_config_decides_the_end_tokens() -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "(gptq)"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "sections": [1]}}, "sections"),

@@ -156,7 +156,9 @@ def test_what_is_stored_but_not_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "quant_method 'aqlm' is not"),
+        ({"quantization_config": {"bits": 4}}, "quant_method must name the method"),
+        ({"quantization_config": [4]}, "quantization_config must be an object"),
         ({"model_type": "gpt_neox"}, "gpt_neox"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "gelu"),

@@ -230,12 +230,6 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
             f"config.json: architecture {names[0]} is not supported "
             "(LlamaForCausalLM, MistralForCausalLM)"
         )
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise UnsupportedError(
-            f"config.json: quantised checkpoints ({method or 'unnamed method'}) are not supported; "
-            "give the fp32, fp16 or bf16 checkpoint, or a GGUF file"
-        )
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             raise UnsupportedError(f"config.json: {key} is not supported (only false)")
