@@ -18,6 +18,7 @@ from tmac_py.converters.checkpoint import (
     listed,
     naming,
 )
+from tmac_py.converters.lora import merge_lora
 from tmac_py.errors import ModelFileError, UnsupportedError
 from tmac_py.lutwriter import LutWriter
 from tmac_py.packing import pack
@@ -106,6 +107,7 @@ def convert(
     search: Search | None = None,
     head_bits: int | None = None,
     requantize: bool = False,
+    lora: str | Path | None = None,
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> None:
@@ -113,9 +115,10 @@ def convert(
 
     The options are for matrices stored as floats (None: the defaults of QuantOptions); a source
     without such matrices refuses them. ``requantize`` dequantises matrices in types whose codes a
-    .lut cannot keep and quantises them like floats; without it they are refused. Memory is bounded
-    by about one tensor; ``out`` appears whole or not at all; equal sources and options give equal
-    bytes. ``warn`` gets what is worth knowing.
+    .lut cannot keep and quantises them like floats; without it they are refused. ``lora`` is the
+    folder of a peft adapter to merge into matrices stored as floats. Memory is bounded by about one
+    tensor; ``out`` appears whole or not at all; equal sources and options give equal bytes.
+    ``warn`` gets what is worth knowing.
 
     Raises ModelFileError, UnsupportedError, and OSError for files that cannot be read or written.
     """
@@ -132,12 +135,15 @@ def convert(
     }
     options = QuantOptions(**given)
     checkpoint = open_checkpoint(source)
+    if lora is not None:
+        checkpoint = merge_lora(checkpoint, Path(lora))
     _check_codebooks(source, checkpoint, requantize)
     _refuse_idle(source, checkpoint, set(given))
     if warn is not None:
         for text in checkpoint.warnings:
             warn(text)
     with naming(Path(source)):
+        checkpoint.config.check_runnable()
         convert_checkpoint(checkpoint, out, options, progress=progress)
 
 

@@ -111,6 +111,11 @@ def read(path: Path) -> Checkpoint:
 
 def _refuse_unsupported(path: Path, metadata: Metadata, tensors: dict[str, GGUFTensor]) -> None:
     architecture = metadata.get("general.architecture", str)
+    if architecture.startswith("bitnet"):
+        raise UnsupportedError(
+            f"{path}: architecture {architecture!r} cannot be run yet: it has norms before o_proj "
+            "and down_proj (attn_sub_norm, ffn_sub_norm)"
+        )
     if architecture != "llama":
         raise UnsupportedError(f"{path}: architecture {architecture!r} is not supported (llama)")
     if metadata.get("llama.expert_count", int, 0):

@@ -6,13 +6,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tmac_py.converters.bitnet import bitnet_formats
+from tmac_py.converters.fp8 import fp8_formats
 from tmac_py.converters.json_file import read_object
 from tmac_py.converters.weight_format import DENSE, FormatOf, Parts, WeightFormat
 from tmac_py.errors import ModelFileError, UnsupportedError
 
 Settings = Mapping[str, Any]
 
-METHODS: dict[str, Callable[[Settings], FormatOf]] = {}
+METHODS: dict[str, Callable[[Settings], FormatOf]] = {
+    "bitnet": bitnet_formats,
+    "fbgemm_fp8": fp8_formats,
+    "fp8": fp8_formats,
+}
 """``quant_method`` -> what reads such settings. Raises UnsupportedError or ModelFileError."""
 
 _FILES = {

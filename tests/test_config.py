@@ -101,7 +101,7 @@ def test_generation_config_decides_the_end_tokens() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported (llama, mistral)"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported (llama, mistral, bitnet)"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"architectures": 5}, "architecture 5 is not supported"),
         ({"architectures": "BertModel"}, "architecture BertModel is not supported"),

@@ -33,6 +33,7 @@ from tmac_py.errors import ModelFileError, TmacError, UnsupportedError
 from tmac_py.lutfile import LutFile
 from tmac_py.quant import QuantTensor, quantize_rtn
 
+
 def tiny(path: Path, kind: str = "Q8_0", **metadata: Any) -> Path:
     """A tiny GGUF file; ``metadata`` keys have _ for the dots after "llama"."""
     return write_gguf(path, TINY, gguf_tensors(random_weights(TINY), TINY, kind), metadata)
@@ -297,7 +298,9 @@ def test_biases_and_unknown_types_are_refused(tmp_path: Path) -> None:
         config_of(tmp_path, {"output_norm.weight": (norm, "Q8_0")})
     for type_id in (5, 37, 200):
         set_type(tiny(tmp_path / "t.gguf"), "blk.0.ffn_up.weight", type_id)
-        with pytest.raises(UnsupportedError, match=rf"ffn_up\.weight has the unknown type {type_id}"):
+        with pytest.raises(
+            UnsupportedError, match=rf"ffn_up\.weight has the unknown type {type_id}"
+        ):
             reader.read(tmp_path / "t.gguf")
 
 

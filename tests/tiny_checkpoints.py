@@ -124,7 +124,7 @@ def encode(w: NDArray[np.float32], kind: str, seed: int = 0) -> NDArray[Any]:
 
 
 def encode_i2_s(codes: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
-    """The bytes of an I2_S tensor of codes 0, 1, 2: 128 of them in 32 bytes, the first ones high."""
+    """The bytes of an I2_S tensor of codes 0, 1, 2: 128 of them in 32 bytes, the first highest."""
     quarters = codes.reshape(-1, 4, 32)
     packed = np.zeros((len(quarters), 32), np.uint8)
     for i in range(4):

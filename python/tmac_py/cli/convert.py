@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="range of a group: its smallest and largest weight, or the one with the least mean "
         "squared error (default: mse)",
     )
+    parser.add_argument(
+        "--lora", metavar="FOLDER", help="merge this LoRA adapter (peft) into SOURCE first"
+    )
     dense.add_argument(
         "--requantize",
         action="store_true",
@@ -72,6 +75,7 @@ def execute(args: argparse.Namespace) -> int:
             search=args.search,
             head_bits=args.head_bits,
             requantize=args.requantize,
+            lora=args.lora,
             progress=progress,
             warn=progress.warn,
         )
