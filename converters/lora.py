@@ -1,7 +1,7 @@
 """LoRA adapters (Hu et al., 2021, arXiv 2106.09685) in peft's folders, merged into float matrices.
 
-``W + s B A`` with ``s = alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised ones (Kalajdzievski,
-2023, arXiv 2312.03732).
+``W + s B A`` with ``s = alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised ones
+(Kalajdzievski, 2023, arXiv 2312.03732).
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class _MergedMatrix:
         # Sums in one order, whatever the number of rows and the BLAS: equal bytes everywhere.
         b = self.b[rows]
         with np.errstate(over="ignore", invalid="ignore"):
-            delta = b[:, :1] * self.a[0]
+            delta: NDArray[np.float32] = b[:, :1] * self.a[0]
             for i in range(1, len(self.a)):
                 delta += b[:, i : i + 1] * self.a[i]
             delta += self.base[rows]

@@ -201,23 +201,61 @@ def gguf_tensors(
     return stored
 
 
-def save_safetensors(path: Path, tensors: dict[str, NDArray[Any]], dtype: str) -> None:
-    """A safetensors file written byte by byte; bfloat16 by cutting float32 in half."""
+STORED = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I8": "i1",
+    "U8": "u1",
+    "F8_E4M3": "u1",
+    "F8_E5M2": "u1",
+}
+"""safetensors dtype -> NumPy dtype; 8-bit floats are given as bytes."""
+
+
+def save_safetensors(
+    path: Path,
+    tensors: dict[str, NDArray[Any]],
+    dtype: str,
+    dtypes: Mapping[str, str] | None = None,
+) -> None:
+    """A safetensors file written byte by byte; bfloat16 by cutting float32 in half.
+
+    ``dtypes`` are those of tensors that are not stored as ``dtype``.
+    """
     header, data = {}, b""
     for name, w in tensors.items():
-        if dtype == "BF16":
+        kind = (dtypes or {}).get(name, dtype)
+        if kind == "BF16":
             raw = (np.ascontiguousarray(w, np.float32).view(np.uint32) >> 16).astype("<u2")
         else:
-            raw = w.astype({"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1"}[dtype])
+            raw = w.astype(STORED[kind])
         content = raw.tobytes()
         header[name] = {
-            "dtype": dtype,
+            "dtype": kind,
             "shape": list(w.shape),
             "data_offsets": [len(data), len(data) + len(content)],
         }
         data += content
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def parse_safetensors(data: bytes) -> dict[str, NDArray[Any]]:
+    """Arrays of a safetensors file of bfloat16 tensors, as float32, and others."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        raw = np.frombuffer(data[start + begin : start + end], np.uint8)
+        if entry["dtype"] == "BF16":
+            stored = (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+        else:
+            stored = raw.view(STORED[entry["dtype"]])
+        arrays[name] = stored.reshape(entry["shape"])
+    return arrays
 
 
 def hf_config(config: ModelConfig, **changes: Any) -> dict[str, Any]:
