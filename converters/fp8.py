@@ -76,7 +76,7 @@ class Fp8:
         name = next((name for name in _SCALES if name in parts), _SCALES[0])
         blocks = self._blocks(shape)
         stored = parts[name].shape if name in parts else blocks
-        fitting = stored in ((), (1,), (shape[0],), (shape[0], 1), blocks)
+        fitting = stored in ((), (1,), (1, 1), (shape[0],), (shape[0], 1), blocks)
         return {
             "weight": Expected(shape, tuple(TABLES)),
             name: Expected(stored if fitting else blocks, FLOATS),
