@@ -37,6 +37,10 @@ _NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight
 _OTHER_ARITHMETIC = {
     "use_dora": "DoRA",
     "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "target_parameters": "updates of bare parameters",
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "replicated layers",
     "modules_to_save": "whole modules that were trained",
