@@ -135,6 +135,8 @@ def convert(
     }
     options = QuantOptions(**given)
     checkpoint = open_checkpoint(source)
+    with naming(Path(source)):
+        checkpoint.config.check_runnable()
     if lora is not None:
         checkpoint = merge_lora(checkpoint, Path(lora))
     _check_codebooks(source, checkpoint, requantize)
@@ -143,7 +145,6 @@ def convert(
         for text in checkpoint.warnings:
             warn(text)
     with naming(Path(source)):
-        checkpoint.config.check_runnable()
         convert_checkpoint(checkpoint, out, options, progress=progress)
 
 

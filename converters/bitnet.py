@@ -82,6 +82,7 @@ class Packed:
     inverse: bool
     stated: bool = True
     dense = False
+    ordered = False
 
     def expected(self, shape: Shape, parts: Parts) -> Mapping[str, Expected]:
         """See WeightFormat."""
@@ -110,6 +111,7 @@ class Unpacked:
     """Floats -1, 0 and 1 in ``weight`` ``[m, k]``, the scale in ``weight_scale``."""
 
     dense = False
+    ordered = False
 
     def expected(self, shape: Shape, parts: Parts) -> Mapping[str, Expected]:
         """See WeightFormat."""
@@ -130,6 +132,7 @@ class Master:
     """Floats to round to -1, 0 and 1 times their mean magnitude."""
 
     dense = False
+    ordered = False
 
     def expected(self, shape: Shape, _parts: Parts) -> Mapping[str, Expected]:
         """See WeightFormat."""

@@ -70,6 +70,7 @@ class Fp8:
 
     block: tuple[int, int]
     dense = True
+    ordered = False
 
     def expected(self, shape: Shape, parts: Parts) -> Mapping[str, Expected]:
         """See WeightFormat."""

@@ -23,7 +23,8 @@ from tiny_checkpoints import (
     to_gguf_order,
     write_gguf,
 )
-from tmac_py import _core
+from tmac_py import Model, _core
+from tmac_py.cli import main
 from tmac_py.converters import convert
 from tmac_py.converters import gguf as reader
 from tmac_py.converters.gguf_types import (
@@ -277,6 +278,53 @@ def test_i2_s_files_convert(tmp_path: Path) -> None:
                 scale=spec.scale,
             )
             assert np.array_equal(got, want)
+
+
+def test_i2_s_files_run_with_the_arithmetic_of_bitnet(tmp_path: Path) -> None:
+    path = i2_s_file(tmp_path / "m.gguf")[0]
+    convert(path, tmp_path / "m.lut")
+    with Model.load(tmp_path / "m.lut", threads=2) as model:
+        assert model.tables == "exact8"
+        logits = model.logits([3, 1, 4])
+    assert np.isfinite(logits).all()
+    with Model.load(tmp_path / "m.lut", threads=2, tables="exact8") as model:
+        assert np.array_equal(model.logits([3, 1, 4]), logits)
+
+
+BITS = {
+    "Q4_0": 4 + 16 / 32,
+    "Q5_1": 5 + 32 / 32,
+    "Q8_0": 8 + 16 / 32,
+    "Q2_K": 2 + 32 / 16,
+    "Q3_K": 3 + 16 / 16,
+    "Q4_K": 4 + 32 / 32,
+    "Q5_K": 5 + 32 / 32,
+    "Q6_K": 6 + 16 / 16,
+    # 10 chunks of 24 weights in 5 bytes, 16 weights in 4 of those bytes; a scale
+    "TQ1_0": (10 * 5 + 4 + 2) * 8 / 256,
+    "TQ2_0": (10 * 5 + 4 + 2) * 8 / 256,
+}
+"""Codes, and scales and offsets of 16 bits, per weight."""
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_bits_are_reported_as_they_are_stored(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = gguf_tensors(random_weights(TINY), TINY, kind)
+    for name in ("token_embd.weight", "output.weight"):  # 40 rows would fill two tiles
+        tensors[name] = (encode(np.ones((40, 256), np.float32), "Q8_0"), "Q8_0")
+    path, out = write_gguf(tmp_path / "m.gguf", TINY, tensors), tmp_path / "m.lut"
+    assert main.convert([str(path), str(out)]) == 0
+    with LutFile.open(out) as file:
+        linears = [entry for entry in file.tensors.values() if entry.kind == "linear"]
+        for entry in linears:
+            if "layers" in entry.name:
+                assert entry.nbytes * 8 / np.prod(entry.shape) == BITS[kind]
+        heads = 2 * 64 * 256  # tiles of 32 rows
+        layers = sum(int(np.prod(e.shape)) for e in linears if "layers" in e.name)
+        mean = (BITS[kind] * layers + 8.5 * heads) / (layers + 2 * 40 * 256)
+    assert f", {mean:.3f} bits per weight" in capsys.readouterr().err
 
 
 def test_type_36_of_another_size_is_refused(tmp_path: Path) -> None:

@@ -177,10 +177,9 @@ class ModelConfig:
         for name in ("tie_word_embeddings", "sub_norms"):
             if not isinstance(getattr(self, name), bool):
                 raise ModelFileError(f"config: {name} must be true or false")
-        if self.activation_bits is not None and self.activation_bits != 8:
-            raise ModelFileError(
-                f"config: activation_bits must be 8 or absent, found {self.activation_bits!r}"
-            )
+        bits = self.activation_bits
+        if bits is not None and (type(bits) is not int or bits != 8):
+            raise ModelFileError(f"config: activation_bits must be 8 or absent, found {bits!r}")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
