@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tiny_checkpoints import parse_safetensors, save_safetensors
+from mixed_safetensors import parse, save_mixed
 from tmac_py import LutLinear, Model, _core
 from tmac_py.converters import convert, open_checkpoint
 from tmac_py.converters.checkpoint import Checkpoint
@@ -69,10 +69,10 @@ class Golden:
         if tensors is None:
             (path / "model.safetensors").write_bytes(self.files["model.safetensors"])
             return path
-        stored = parse_safetensors(self.files["model.safetensors"])
+        stored = parse(self.files["model.safetensors"])
         tensors(stored)
         packed = {name: "U8" for name, w in stored.items() if w.dtype == np.uint8}
-        save_safetensors(path / "model.safetensors", stored, "BF16", packed)
+        save_mixed(path / "model.safetensors", stored, "BF16", packed)
         return path
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tiny_checkpoints import hf_config, random_weights, save_safetensors
+from mixed_safetensors import save_mixed
+from tiny_checkpoints import hf_config, random_weights
 from tmac_py.config import ModelConfig
 from tmac_py.converters import convert, open_checkpoint
 from tmac_py.converters.fp8 import TABLES, Fp8Matrix
@@ -116,7 +117,7 @@ def folder(
     path.mkdir()
     config = hf_config(SMALL, quantization_config={"quant_method": method, **(settings or {})})
     (path / "config.json").write_text(json.dumps(config))
-    save_safetensors(path / "model.safetensors", stored, "F32", dtypes)
+    save_mixed(path / "model.safetensors", stored, "F32", dtypes)
     return path
 
 

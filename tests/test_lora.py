@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mixed_safetensors import parse, save_mixed
 from tiny_checkpoints import (
     TINY,
     gguf_tensors,
-    parse_safetensors,
     random_weights,
-    save_safetensors,
     write_gguf,
 )
 from tmac_py.converters import convert, open_checkpoint
@@ -55,9 +54,9 @@ def folders(
     file.write_text(json.dumps({**json.loads(file.read_text()), **(config or {})}))
     if tensors is not None:
         weights = path / adapter / "adapter_model.safetensors"
-        stored = parse_safetensors(weights.read_bytes())
+        stored = parse(weights.read_bytes())
         tensors(stored)
-        save_safetensors(weights, stored, "F32")
+        save_mixed(weights, stored, "F32")
     return path / "base", path / adapter, merged
 
 
@@ -107,7 +106,7 @@ def test_gguf_files_take_adapters_too(tmp_path: Path) -> None:
     adapter.mkdir()
     rng = np.random.default_rng(1)
     a, b = (rng.normal(0, 0.1, s).astype(np.float32) for s in ((2, 256), (256, 2)))
-    save_safetensors(adapter / "adapter_model.safetensors", {A: a, B: b}, "F32")
+    save_mixed(adapter / "adapter_model.safetensors", {A: a, B: b}, "F32")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     merged = {t.name: t for t in merge_lora(open_checkpoint(path), adapter).tensors}[Q].load()

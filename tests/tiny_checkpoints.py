@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,7 @@ def to_gguf_order(name: str, w: NDArray[Any], config: ModelConfig) -> NDArray[An
 
 
 def random_blocks(
-    shape: tuple[int, int], kind: str, seed: int, scales: Sequence[float] = ()
+    shape: tuple[int, int], kind: str, seed: int, scales: tuple[float, ...] = ()
 ) -> NDArray[np.uint8]:
     """Rows of random blocks of a GGUF type; their fp16 numbers are ``scales`` or about as usual."""
     block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
@@ -150,7 +149,7 @@ def write_gguf(
     metadata: dict[str, Any] | None = None,
     *,
     architecture: str = "llama",
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    shapes: dict[str, tuple[int, ...]] | None = None,
 ) -> Path:
     """A GGUF file of GGUF names -> (stored array, type); ``metadata`` overrides or adds keys.
 
@@ -201,61 +200,23 @@ def gguf_tensors(
     return stored
 
 
-STORED = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "I8": "i1",
-    "U8": "u1",
-    "F8_E4M3": "u1",
-    "F8_E5M2": "u1",
-}
-"""safetensors dtype -> NumPy dtype; 8-bit floats are given as bytes."""
-
-
-def save_safetensors(
-    path: Path,
-    tensors: dict[str, NDArray[Any]],
-    dtype: str,
-    dtypes: Mapping[str, str] | None = None,
-) -> None:
-    """A safetensors file written byte by byte; bfloat16 by cutting float32 in half.
-
-    ``dtypes`` are those of tensors that are not stored as ``dtype``.
-    """
+def save_safetensors(path: Path, tensors: dict[str, NDArray[Any]], dtype: str) -> None:
+    """A safetensors file written byte by byte; bfloat16 by cutting float32 in half."""
     header, data = {}, b""
     for name, w in tensors.items():
-        kind = (dtypes or {}).get(name, dtype)
-        if kind == "BF16":
+        if dtype == "BF16":
             raw = (np.ascontiguousarray(w, np.float32).view(np.uint32) >> 16).astype("<u2")
         else:
-            raw = w.astype(STORED[kind])
+            raw = w.astype({"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1"}[dtype])
         content = raw.tobytes()
         header[name] = {
-            "dtype": kind,
+            "dtype": dtype,
             "shape": list(w.shape),
             "data_offsets": [len(data), len(data) + len(content)],
         }
         data += content
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
-def parse_safetensors(data: bytes) -> dict[str, NDArray[Any]]:
-    """Arrays of a safetensors file of bfloat16 tensors, as float32, and others."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    header.pop("__metadata__", None)
-    arrays: dict[str, NDArray[Any]] = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        raw = np.frombuffer(data[start + begin : start + end], np.uint8)
-        if entry["dtype"] == "BF16":
-            stored = (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
-        else:
-            stored = raw.view(STORED[entry["dtype"]])
-        arrays[name] = stored.reshape(entry["shape"])
-    return arrays
 
 
 def hf_config(config: ModelConfig, **changes: Any) -> dict[str, Any]:
