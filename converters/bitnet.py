@@ -47,7 +47,9 @@ def bitnet_formats(settings: Mapping[str, Any]) -> FormatOf:
     kept = settings.get("modules_to_not_convert")
     if kept is None:
         kept = ["lm_head"]
-    if not isinstance(kept, list) or not all(_NAME.fullmatch(str(name)) for name in kept):
+    if not isinstance(kept, list) or not all(
+        isinstance(name, str) and _NAME.fullmatch(name) for name in kept
+    ):
         raise UnsupportedError(
             f"modules_to_not_convert {kept!r} is not supported (a list of names, no patterns)"
         )

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from altered_json import alterations
 from mixed_safetensors import parse, save_mixed
 from tmac_py import LutLinear, Model, _core
 from tmac_py.converters import convert, open_checkpoint
@@ -366,3 +367,17 @@ def test_a_stated_linear_class_is_trusted(tmp_path: Path) -> None:
     stated = {"linear_class": "bitlinear"}
     path = Golden("llama-packed").folder(tmp_path / "m", settings=stated, tensors=tensors)
     assert matrices_of(open_checkpoint(path))[UP].scale == np.float32(0.8)
+
+
+@pytest.mark.parametrize("name", ["llama-packed", "llama-online"])
+def test_settings_of_any_other_form_are_read_or_refused(tmp_path: Path, name: str) -> None:
+    path, refused = Golden(name).folder(tmp_path / "m"), []
+    config = json.loads((path / "config.json").read_text())
+    for settings in alterations(config["quantization_config"]):
+        (path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+        try:
+            open_checkpoint(path)
+        except TmacError as error:
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert all(text.startswith(str(path)) and "\n" not in text for text in refused)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from altered_json import alterations
 from mixed_safetensors import save_mixed
 from tiny_checkpoints import hf_config, random_weights
 from tmac_py.config import ModelConfig
@@ -190,6 +191,20 @@ def test_refusals(tmp_path: Path, options: dict[str, Any], text: str) -> None:
         convert(path, tmp_path / "m.lut")
     assert str(caught.value).startswith(str(path))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_settings_of_any_other_form_are_read_or_refused(tmp_path: Path) -> None:
+    settings, refused = {"quant_method": "fp8", "weight_block_size": [128, 128]}, []
+    path = folder(tmp_path / "m", settings=settings)
+    config = json.loads((path / "config.json").read_text())
+    for value in alterations(settings):
+        (path / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
+        try:
+            open_checkpoint(path)
+        except TmacError as error:
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert all(text.startswith(str(path)) and "\n" not in text for text in refused)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from altered_json import alterations
 from mixed_safetensors import parse, save_mixed
 from tiny_checkpoints import (
     TINY,
@@ -174,6 +175,20 @@ def test_refusals(
     assert str(caught.value).startswith((f"{adapter}:", f"{base}:"))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "m.lut").exists()
+
+
+def test_settings_of_any_other_form_are_read_or_refused(tmp_path: Path) -> None:
+    base, adapter, _ = folders(tmp_path, "patterns")
+    checkpoint, refused = open_checkpoint(base), []
+    file = adapter / "adapter_config.json"
+    for value in alterations(json.loads(file.read_text())):
+        file.write_text(json.dumps(value))
+        try:
+            merge_lora(checkpoint, adapter)
+        except TmacError as error:
+            refused.append(str(error))
+    assert len(refused) > 100
+    assert all(text.startswith(str(adapter)) and "\n" not in text for text in refused)
 
 
 def test_stored_codes_take_no_adapter(tmp_path: Path) -> None:
