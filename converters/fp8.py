@@ -64,6 +64,25 @@ def fp8_formats(settings: Mapping[str, Any]) -> FormatOf:
     return format_of
 
 
+def compressed_fp8_formats(settings: Mapping[str, Any]) -> FormatOf | None:
+    """The FormatOf of a quantization_config of compressed-tensors; None for other than e4m3."""
+    groups = settings.get("config_groups")
+    weights: list[Mapping[str, Any]] = []
+    for group in groups.values() if isinstance(groups, dict) else ():
+        stated = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(stated, dict):
+            return None
+        if (stated.get("type"), stated.get("num_bits")) != ("float", 8):
+            return None
+        weights.append(stated)
+    if not weights:
+        return None
+    blocks = [w["block_structure"] for w in weights if w.get("block_structure")]
+    if any(block != blocks[0] for block in blocks):
+        raise UnsupportedError(f"blocks of several sizes are not supported: {blocks}")
+    return fp8_formats({"weight_block_size": blocks[0] if blocks else None})
+
+
 @dataclass(frozen=True)
 class Fp8:
     """``weight`` ``[m, k]`` and its scales: one, ``[m]``, ``[m, 1]`` or one per ``block``."""

@@ -7,15 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from tmac_py.converters.bitnet import bitnet_formats
-from tmac_py.converters.fp8 import fp8_formats
+from tmac_py.converters.fp8 import compressed_fp8_formats, fp8_formats
 from tmac_py.converters.json_file import read_object
 from tmac_py.converters.weight_format import DENSE, FormatOf, Parts, WeightFormat
 from tmac_py.errors import ModelFileError, UnsupportedError
 
 Settings = Mapping[str, Any]
 
+
+def _compressed_tensors(settings: Settings) -> FormatOf:
+    formats = compressed_fp8_formats(settings)
+    if formats is None:
+        raise UnsupportedError(
+            f"compressed-tensors format {settings.get('format')!r} is not supported "
+            "(float-quantized: weights of type float with 8 bits)"
+        )
+    return formats
+
+
 METHODS: dict[str, Callable[[Settings], FormatOf]] = {
     "bitnet": bitnet_formats,
+    "compressed-tensors": _compressed_tensors,
     "fbgemm_fp8": fp8_formats,
     "fp8": fp8_formats,
 }

@@ -122,6 +122,14 @@ def folder(
     return path
 
 
+def compressed(block: list[int] | None = None, **changes: Any) -> dict[str, Any]:
+    """Settings of llm-compressor's FP8 schemes; activations are rounded as it says, or not."""
+    weights = {"type": "float", "num_bits": 8, "block_structure": block, **changes}
+    inputs = {"type": "float", "num_bits": 8, "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return {"format": "float-quantized", "config_groups": {"group_0": group}}
+
+
 @pytest.mark.parametrize(
     ("form", "options"),
     [
@@ -130,6 +138,9 @@ def folder(
         ("matrix of one", {"part": "weight_scale_inv"}),
         ("rows", {"kind": "F8_E5M2"}),
         ("column", {"method": "fbgemm_fp8"}),
+        ("number", {"method": "compressed-tensors", "settings": compressed()}),
+        ("column", {"method": "compressed-tensors", "settings": compressed()}),
+        ("blocks", {"method": "compressed-tensors", "settings": compressed(list(BLOCK))}),
         ("blocks", {"part": "weight_scale_inv", "settings": {"weight_block_size": list(BLOCK)}}),
     ],
 )
@@ -181,6 +192,14 @@ def with_value(name: str, value: float) -> Callable[[Tensors], None]:
             {"tensors": lambda t: t.update({UP + "_scale": np.ones(3, np.float32)})},
             r"up_proj\.weight_scale \[3\] instead of \[1, 1\]",
         ),
+        (
+            {"method": "compressed-tensors", "settings": compressed(type="int")},
+            "compressed-tensors .* not supported",
+        ),
+        (
+            {"method": "compressed-tensors", "settings": compressed([3])},
+            r"weight_block_size \[3\] is not supported",
+        ),
         ({"settings": {"weight_block_size": [0, 128]}}, r"weight_block_size \[0, 128\] is not"),
         ({"settings": {"weight_block_size": 128}}, "weight_block_size 128 is not supported"),
     ],
@@ -193,9 +212,17 @@ def test_refusals(tmp_path: Path, options: dict[str, Any], text: str) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_settings_of_any_other_form_are_read_or_refused(tmp_path: Path) -> None:
-    settings, refused = {"quant_method": "fp8", "weight_block_size": [128, 128]}, []
-    path = folder(tmp_path / "m", settings=settings)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        {"quant_method": "compressed-tensors", **compressed([128, 128])},
+    ],
+)
+def test_settings_of_any_other_form_are_read_or_refused(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    path, refused = folder(tmp_path / "m"), []
     config = json.loads((path / "config.json").read_text())
     for value in alterations(settings):
         (path / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
