@@ -6,6 +6,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -196,7 +197,7 @@ class _StrictReader(GGUFReader):
         self.tensors = []
         self.found: dict[str, GGUFTensor] = {}
         starts = sorted({start_offs + int(field.parts[5][0]) for field in fields})
-        after = dict(zip(starts, [*starts[1:], self.data.size], strict=True))
+        after = dict(pairwise([*starts, self.data.size]))
         for field in fields:
             _, raw_name, _, dims, raw_type, offset = field.parts
             name = str(bytes(raw_name), encoding="utf-8")
