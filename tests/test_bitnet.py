@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from altered_json import alterations
 from mixed_safetensors import parse, save_mixed
+from reference import multiply
 from tmac_py import LutLinear, Model, _core
 from tmac_py.converters import convert, open_checkpoint
 from tmac_py.converters.checkpoint import Checkpoint
@@ -172,6 +173,8 @@ def test_exact_tables_are_integer_arithmetic(tmp_path: Path, name: str, n_tokens
             y = LutLinear(q, threads=2, tables="exact8").forward(x.astype(np.float32) * unit)
             want = (sums.astype(np.float32) * unit) * np.float32(q.scale)
             assert np.array_equal(y, want)
+            defined = multiply(q, x[0].astype(np.float32) * unit, "exact8")
+            assert np.array_equal(y[0], defined.astype(np.float32))
 
 
 @pytest.mark.parametrize("name", LLAMA)

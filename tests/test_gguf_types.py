@@ -387,7 +387,9 @@ def test_codebooks_are_given_up_only_if_told_so(tmp_path: Path, kind: str) -> No
     assert Q in str(caught.value)
     assert not (tmp_path / "m.lut").exists()
 
-    convert(path, tmp_path / "m.lut", requantize=True, bits=5, group_size=64)
+    for out in ("m.lut", "n.lut"):
+        convert(path, tmp_path / out, requantize=True, bits=5, group_size=64)
+    assert (tmp_path / "m.lut").read_bytes() == (tmp_path / "n.lut").read_bytes()
     with LutFile.open(tmp_path / "m.lut") as file:
         for name in (UP, Q):
             dense = gguf.quants.dequantize(raw[name], gguf.GGMLQuantizationType[kind])
