@@ -126,6 +126,12 @@ def _refuse_unsupported(path: Path, metadata: Metadata, tensors: dict[str, GGUFT
         raise UnsupportedError(
             f"{path}: biases are not supported ({biases[0]}, {len(biases)} in all)"
         )
+    for tensor in tensors.values():
+        if tensor.kind in _UNMARKED_TILES:
+            raise UnsupportedError(
+                f"{path}: tensor {tensor.name} is {tensor.kind} of bitnet.cpp, whose tile sizes the "
+                "file does not say; an I2_S file of the model can be read"
+            )
     for key in ("llama.logit_scale", "llama.embedding_scale", "llama.residual_scale"):
         if metadata.get(key, float, 1.0) not in (0.0, 1.0):
             raise UnsupportedError(f"{path}: metadata key {key} is not supported")
@@ -133,12 +139,6 @@ def _refuse_unsupported(path: Path, metadata: Metadata, tensors: dict[str, GGUFT
 
 def _refuse_types(path: Path, tensors: dict[str, GGUFTensor]) -> None:
     """Matrices may be of any type known here, norms are float."""
-    for name, tensor in tensors.items():
-        if tensor.kind in _UNMARKED_TILES:
-            raise UnsupportedError(
-                f"{path}: tensor {_gguf_name(name)} is {tensor.kind} of bitnet.cpp, whose tile "
-                "sizes the file does not say; an I2_S file of the model can be read"
-            )
     bad = [
         f"{_gguf_name(name)} {tensor.kind}"
         for name, tensor in tensors.items()
