@@ -129,8 +129,8 @@ def _refuse_unsupported(path: Path, metadata: Metadata, tensors: dict[str, GGUFT
     for tensor in tensors.values():
         if tensor.kind in _UNMARKED_TILES:
             raise UnsupportedError(
-                f"{path}: tensor {tensor.name} is {tensor.kind} of bitnet.cpp, whose tile sizes the "
-                "file does not say; an I2_S file of the model can be read"
+                f"{path}: tensor {tensor.name} is {tensor.kind} of bitnet.cpp, whose tile sizes "
+                "the file does not say; an I2_S file of the model can be read"
             )
     for key in ("llama.logit_scale", "llama.embedding_scale", "llama.residual_scale"):
         if metadata.get(key, float, 1.0) not in (0.0, 1.0):
