@@ -10,7 +10,15 @@ from typing import Any, cast
 import numpy as np
 
 from tmac_py.converters import gguf, huggingface
-from tmac_py.converters.checkpoint import HEADS, Checkpoint, Reader, TensorSource, naming
+from tmac_py.converters.checkpoint import (
+    HEADS,
+    Checkpoint,
+    Reader,
+    TensorSource,
+    listed,
+    naming,
+)
+from tmac_py.converters.lora import merge_lora
 from tmac_py.errors import ModelFileError, UnsupportedError
 from tmac_py.lutwriter import LutWriter
 from tmac_py.packing import pack
@@ -98,14 +106,19 @@ def convert(
     asym: bool | None = None,
     search: Search | None = None,
     head_bits: int | None = None,
+    requantize: bool = False,
+    lora: str | Path | None = None,
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> None:
     """Convert a GGUF file or a Hugging Face folder to a .lut file, replacing ``out``.
 
     The options are for matrices stored as floats (None: the defaults of QuantOptions); a source
-    without such matrices refuses them. Memory is bounded by about one tensor; ``out`` appears whole
-    or not at all; equal sources and options give equal bytes. ``warn`` gets what is worth knowing.
+    without such matrices refuses them. ``requantize`` dequantises matrices in types whose codes a
+    .lut cannot keep and quantises them like floats; without it they are refused. ``lora`` is the
+    folder of a peft adapter to merge into matrices stored as floats. Memory is bounded by about one
+    tensor; ``out`` appears whole or not at all; equal sources and options give equal bytes.
+    ``warn`` gets what is worth knowing.
 
     Raises ModelFileError, UnsupportedError, and OSError for files that cannot be read or written.
     """
@@ -122,6 +135,11 @@ def convert(
     }
     options = QuantOptions(**given)
     checkpoint = open_checkpoint(source)
+    with naming(Path(source)):
+        checkpoint.config.check_runnable()
+    if lora is not None:
+        checkpoint = merge_lora(checkpoint, Path(lora))
+    _check_codebooks(source, checkpoint, requantize)
     _refuse_idle(source, checkpoint, set(given))
     if warn is not None:
         for text in checkpoint.warnings:
@@ -175,6 +193,20 @@ def _write(writer: LutWriter, tensor: TensorSource, options: QuantOptions) -> No
     else:
         quantised = options.quantize(tensor.name, loaded)
     writer.add_linear(tensor.name, pack(quantised), quantised.spec, quantised.order)
+
+
+def _check_codebooks(source: str | Path, checkpoint: Checkpoint, requantize: bool) -> None:
+    """Codes that are not evenly spaced are given up only where the user says so."""
+    stored = [f"{t.name} {t.codebook}" for t in checkpoint.tensors if t.codebook]
+    if stored and not requantize:
+        raise UnsupportedError(
+            f"{source}: a .lut cannot keep the codes of {listed(stored)}; --requantize "
+            "(requantize=True) dequantises such matrices and quantises them anew, at some loss"
+        )
+    if requantize and not stored:
+        raise UnsupportedError(
+            f"{source}: requantize would have no effect: all stored codes can be kept"
+        )
 
 
 def _refuse_idle(source: str | Path, checkpoint: Checkpoint, given: set[str]) -> None:

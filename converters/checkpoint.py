@@ -37,13 +37,15 @@ class TensorSource:
 
     ``load`` returns a QuantTensor where the checkpoint stores codes, a lazy float matrix ``[m, k]``
     where it stores floats (``dense``), and a float32 array ``[n]`` for a norm. A QuantTensor may
-    have an order if ``ordered``.
+    have an order if ``ordered``. ``codebook`` names the type of a dense matrix that is stored as
+    codes, which a .lut cannot keep.
     """
 
     name: str
     shape: Shape
     load: Callable[[], QuantTensor | MatrixLike | NDArray[np.float32]]
     dense: bool = False
+    codebook: str = ""
     ordered: bool = False
 
     @property

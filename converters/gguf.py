@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import ReaderTensor
 from numpy.typing import NDArray
 
 from tmac_py.config import ModelConfig
@@ -24,8 +23,15 @@ from tmac_py.converters.checkpoint import (
     listed,
     naming,
 )
-from tmac_py.converters.gguf_container import MAGIC, GGUFFile, Metadata
-from tmac_py.converters.gguf_types import BLOCK_TYPES, FLOAT_TYPES, decode_tensor
+from tmac_py.converters.gguf_container import MAGIC, GGUFFile, GGUFTensor, Metadata
+from tmac_py.converters.gguf_types import (
+    BLOCK_TYPES,
+    CODEBOOK_TYPES,
+    FLOAT_TYPES,
+    CodebookMatrix,
+    decode_i2_s,
+    decode_tensor,
+)
 from tmac_py.converters.gguf_vocab import read_vocab
 from tmac_py.errors import ModelFileError, UnsupportedError
 from tmac_py.quant import QuantTensor
@@ -50,7 +56,9 @@ _GGUF_NAMES = {ours: theirs for theirs, ours in _NAMES.items()}
 
 _ROPE_FACTORS = "rope_freqs.weight"
 
-_KNOWN_TYPES = ", ".join((*FLOAT_TYPES, *BLOCK_TYPES))
+_MATRIX_TYPES = (*FLOAT_TYPES, *BLOCK_TYPES, "I2_S", *CODEBOOK_TYPES)
+
+_UNMARKED_TILES = ("TL1", "TL2")
 
 
 def detect(path: Path) -> bool:
@@ -85,7 +93,7 @@ def read(path: Path) -> Checkpoint:
     tensors = {
         _hf_name(name): tensor for name, tensor in file.tensors.items() if name != _ROPE_FACTORS
     }
-    shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     expected = config.tensor_shapes()
     check_tensors(path, shapes, expected, name_of=_gguf_name)
     _refuse_types(path, tensors)
@@ -101,8 +109,13 @@ def read(path: Path) -> Checkpoint:
     )
 
 
-def _refuse_unsupported(path: Path, metadata: Metadata, tensors: dict[str, ReaderTensor]) -> None:
+def _refuse_unsupported(path: Path, metadata: Metadata, tensors: dict[str, GGUFTensor]) -> None:
     architecture = metadata.get("general.architecture", str)
+    if architecture.startswith("bitnet"):
+        raise UnsupportedError(
+            f"{path}: architecture {architecture!r} cannot be run yet: it has norms before o_proj "
+            "and down_proj (attn_sub_norm, ffn_sub_norm)"
+        )
     if architecture != "llama":
         raise UnsupportedError(f"{path}: architecture {architecture!r} is not supported (llama)")
     if metadata.get("llama.expert_count", int, 0):
@@ -113,26 +126,30 @@ def _refuse_unsupported(path: Path, metadata: Metadata, tensors: dict[str, Reade
         raise UnsupportedError(
             f"{path}: biases are not supported ({biases[0]}, {len(biases)} in all)"
         )
+    for tensor in tensors.values():
+        if tensor.kind in _UNMARKED_TILES:
+            raise UnsupportedError(
+                f"{path}: tensor {tensor.name} is {tensor.kind} of bitnet.cpp, whose tile sizes "
+                "the file does not say; an I2_S file of the model can be read"
+            )
     for key in ("llama.logit_scale", "llama.embedding_scale", "llama.residual_scale"):
         if metadata.get(key, float, 1.0) not in (0.0, 1.0):
             raise UnsupportedError(f"{path}: metadata key {key} is not supported")
 
 
-def _refuse_types(path: Path, tensors: dict[str, ReaderTensor]) -> None:
+def _refuse_types(path: Path, tensors: dict[str, GGUFTensor]) -> None:
     """Matrices may be of any type known here, norms are float."""
     bad = [
-        f"{_gguf_name(name)} {tensor.tensor_type.name}"
+        f"{_gguf_name(name)} {tensor.kind}"
         for name, tensor in tensors.items()
-        if tensor.tensor_type.name not in FLOAT_TYPES
-        and (len(tensor.shape) == 1 or tensor.tensor_type.name not in BLOCK_TYPES)
+        if tensor.kind not in (FLOAT_TYPES if len(tensor.shape) == 1 else _MATRIX_TYPES)
     ]
     if bad:
-        raise UnsupportedError(
-            f"{path}: tensor types are not supported: {listed(bad)} ({_KNOWN_TYPES})"
-        )
+        known = ", ".join(_MATRIX_TYPES)
+        raise UnsupportedError(f"{path}: tensor types are not supported: {listed(bad)} ({known})")
 
 
-def _config(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> ModelConfig:
+def _config(metadata: Metadata, tensors: dict[str, GGUFTensor]) -> ModelConfig:
     hidden = metadata.get("llama.embedding_length", int)
     heads = metadata.get("llama.attention.head_count", int)
     if heads < 1:
@@ -155,7 +172,7 @@ def _config(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> ModelConfig
         num_key_value_heads=metadata.get("llama.attention.head_count_kv", int, heads),
         head_dim=head_dim,
         vocab_size=(
-            metadata.get("llama.vocab_size", int) if embedding is None else _shape(embedding)[0]
+            metadata.get("llama.vocab_size", int) if embedding is None else embedding.shape[0]
         ),
         rms_norm_eps=_short(metadata.get("llama.attention.layer_norm_rms_epsilon", float)),
         rope_theta=_short(theta),
@@ -163,6 +180,7 @@ def _config(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> ModelConfig
         max_position_embeddings=context,
         tie_word_embeddings="output.weight" not in tensors,
         sliding_window=metadata.get("llama.attention.sliding_window", int, 0),
+        activation_bits=8 if any(t.kind == "I2_S" for t in tensors.values()) else None,
     )
 
 
@@ -173,7 +191,7 @@ def _short(value: float) -> float:
 
 def _rope_scaling(
     metadata: Metadata,
-    tensors: dict[str, ReaderTensor],
+    tensors: dict[str, GGUFTensor],
     theta: float,
     head_dim: int,
     context: int,
@@ -207,14 +225,14 @@ def _rope_scaling(
     return scaling
 
 
-def _factor_scaling(tensor: ReaderTensor, theta: float, head_dim: int) -> dict[str, Any]:
+def _factor_scaling(tensor: GGUFTensor, theta: float, head_dim: int) -> dict[str, Any]:
     """The numbers each RoPE frequency is divided by, as Llama 3's formula where they follow it."""
-    if tensor.tensor_type.name != "F32" or tensor.data.shape != (head_dim // 2,):
+    if tensor.kind != "F32" or tensor.shape != (head_dim // 2,):
         raise ModelFileError(
-            f"tensor {_ROPE_FACTORS} {tensor.tensor_type.name}{list(tensor.data.shape)}: "
+            f"tensor {_ROPE_FACTORS} {tensor.kind}{list(tensor.shape)}: "
             f"F32[{head_dim // 2}] is needed"
         )
-    factors = tensor.data.astype(np.float64)
+    factors = _floats(tensor).astype(np.float64)
     if not (np.isfinite(factors).all() and (factors > 0).all()):
         raise ModelFileError(f"tensor {_ROPE_FACTORS} holds numbers that are not positive")
     plain = theta ** (-np.arange(0, head_dim, 2) / head_dim)
@@ -249,24 +267,28 @@ def _gguf_name(name: str) -> str:
     return f"{layer}{_GGUF_NAMES[match[2]]}.weight"
 
 
-def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
-    """GGUF lists the fastest dimension first."""
-    return tuple(int(dim) for dim in reversed(tensor.shape))
-
-
-def _source(name: str, tensor: ReaderTensor, config: ModelConfig) -> TensorSource:
-    shape, kind = _shape(tensor), tensor.tensor_type.name
+def _source(name: str, tensor: GGUFTensor, config: ModelConfig) -> TensorSource:
+    shape, kind = tensor.shape, tensor.kind
     rows = _row_order(name, config)
-    if kind in BLOCK_TYPES:
-        return TensorSource(name, shape, partial(_load_codes, tensor, rows))
-    stored: NDArray[Any] = tensor.data.view(FLOAT_TYPES[kind]).reshape(shape)
     if len(shape) == 1:
-        return TensorSource(name, shape, partial(as_float32, stored))
-    return TensorSource(name, shape, partial(FloatMatrix, stored, rows), dense=True)
+        return TensorSource(name, shape, lambda: as_float32(_floats(tensor)))
+    if kind in FLOAT_TYPES:
+        return TensorSource(name, shape, lambda: FloatMatrix(_floats(tensor), rows), dense=True)
+    if kind in CODEBOOK_TYPES:
+        matrix = CodebookMatrix(tensor.data, shape, kind, rows)
+        return TensorSource(name, shape, lambda: matrix, dense=True, codebook=kind)
+    return TensorSource(name, shape, partial(_load_codes, tensor, rows))
 
 
-def _load_codes(tensor: ReaderTensor, rows: NDArray[np.intp] | None) -> QuantTensor:
-    return decode_tensor(tensor.data, BLOCK_TYPES[tensor.tensor_type.name], rows=rows)
+def _floats(tensor: GGUFTensor) -> NDArray[Any]:
+    return tensor.data.view(FLOAT_TYPES[tensor.kind]).reshape(tensor.shape)
+
+
+def _load_codes(tensor: GGUFTensor, rows: NDArray[np.intp] | None) -> QuantTensor:
+    m, k = tensor.shape
+    if tensor.kind == "I2_S":
+        return decode_i2_s(tensor.data.reshape(-1), (m, k), rows=rows)
+    return decode_tensor(tensor.data, k, BLOCK_TYPES[tensor.kind], rows=rows)
 
 
 def _row_order(name: str, config: ModelConfig) -> NDArray[np.intp] | None:

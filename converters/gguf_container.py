@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,7 +17,6 @@ from gguf import (
     GGUFReader,
     GGUFValueType,
     ReaderField,
-    ReaderTensor,
 )
 from numpy.typing import DTypeLike, NDArray
 
@@ -25,7 +26,15 @@ T = TypeVar("T")
 
 MAGIC = b"GGUF"
 
-_TYPE_IDS = {int(kind) for kind in GGMLQuantizationType}
+_SIZES = {int(kind): (kind.name, *GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType}
+"""Type id -> name, weights of a block, bytes of a block."""
+
+_I2_S, _TL1, _TL2 = 36, 38, 39
+"""Type ids of bitnet.cpp, which others used for other types; 39 is MXFP4 elsewhere."""
+
+_Q8_1_NBYTES = (36, 40)
+"""Bytes of a Q8_1 block: as ggml defines it (two fp16 numbers and 32 codes), and as it once did and
+the gguf package still does (two fp32 numbers)."""
 
 _MAX_ARRAY = 1 << 24
 """Longest metadata array accepted; the largest vocabularies have 2^18 tokens and 2^19 merges."""
@@ -41,6 +50,20 @@ _READER_ERRORS = (
     struct.error,
 )
 """What the reader raises on broken bytes (UnicodeDecodeError is a ValueError)."""
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One tensor: its type's name, its shape with the fastest dimension last, its bytes, mapped.
+
+    ``data`` is uint8 ``[rows, bytes of a row]``, and ``[1, bytes]`` for types that are not stored
+    row by row. It is empty for the types TL1 and TL2, whose size a file does not say.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
 
 
 class GGUFFile:
@@ -64,7 +87,7 @@ class GGUFFile:
         if reader.byte_order != "I":
             raise UnsupportedError(f"{path}: big-endian GGUF files are not supported")
         self.metadata = Metadata(path, reader.fields)
-        self.tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in reader.tensors}
+        self.tensors: dict[str, GGUFTensor] = reader.found
 
 
 class Metadata:
@@ -170,19 +193,64 @@ class _StrictReader(GGUFReader):
         return at - orig_offs, parts, list(range(2, len(parts))), [GGUFValueType.ARRAY, item]
 
     def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
+        """Make ``found``; ``tensors`` of the base class, which knows fewer types, stays empty."""
+        self.tensors = []
+        self.found: dict[str, GGUFTensor] = {}
+        starts = sorted({start_offs + int(field.parts[5][0]) for field in fields})
+        after = dict(pairwise([*starts, self.data.size]))
         for field in fields:
             _, raw_name, _, dims, raw_type, offset = field.parts
             name = str(bytes(raw_name), encoding="utf-8")
-            type_id, shape = int(raw_type[0]), [int(dim) for dim in reversed(dims)]
-            if type_id not in _TYPE_IDS:
-                raise UnsupportedError(f"tensor {name} has the unknown type {type_id}")
-            block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_id)]
-            if not 1 <= len(shape) <= 4 or 0 in shape or shape[-1] % block:
-                raise ValueError(f"tensor {name} has the impossible shape {shape}")
-            end = start_offs + int(offset[0]) + math.prod(shape) // block * nbytes
-            if end > self.data.size:
-                raise ValueError(f"tensor {name} ends at byte {end}, the file at {self.data.size}")
-        super()._build_tensors(start_offs, fields)
+            shape = tuple(int(dim) for dim in reversed(dims))
+            start = start_offs + int(offset[0])
+            if name in self.found:
+                raise ValueError(f"tensor {name} is there twice")
+            if not 1 <= len(shape) <= 4 or 0 in shape:
+                raise ValueError(f"tensor {name} has the impossible shape {list(shape)}")
+            kind, nbytes = self._kind_of(name, int(raw_type[0]), shape, after[start] - start)
+            if start + nbytes > self.data.size:
+                raise ValueError(
+                    f"tensor {name} ends at byte {start + nbytes}, the file at {self.data.size}"
+                )
+            rows = 1 if kind == "I2_S" else math.prod(shape[:-1])
+            data = self._get(start, np.uint8, nbytes).reshape(rows, nbytes // rows)
+            self.found[name] = GGUFTensor(name, kind, shape, data)
+
+    def _kind_of(
+        self, name: str, type_id: int, shape: tuple[int, ...], room: int
+    ) -> tuple[str, int]:
+        """Name of a type and bytes of a tensor that has ``room`` bytes up to the next one."""
+        n = math.prod(shape)
+        name_of, block, size = _SIZES.get(type_id, ("", 1, 0))
+
+        def fills(nbytes: int) -> bool:
+            return nbytes <= room < nbytes + int(self.alignment)
+
+        if type_id == _I2_S:
+            if n % 4 or not fills(n // 4 + 32):
+                raise UnsupportedError(
+                    f"tensor {name} {list(shape)} has type {_I2_S} and takes {room} bytes; as "
+                    f"bitnet.cpp's I2_S it would be {n // 4 + 32}, and other types of that id are "
+                    "not supported"
+                )
+            return "I2_S", n // 4 + 32
+        if type_id == _TL1:
+            return "TL1", 0
+        if type_id == _TL2 and not fills(n // block * size):
+            return "TL2", 0
+        if not size:
+            raise UnsupportedError(f"tensor {name} has the unknown type {type_id}")
+        if shape[-1] % block:
+            raise ValueError(f"tensor {name} has the impossible shape {list(shape)}")
+        if name_of == "Q8_1":
+            sizes = [nbytes for nbytes in _Q8_1_NBYTES if fills(n // block * nbytes)]
+            if len(sizes) != 1:
+                raise UnsupportedError(
+                    f"tensor {name} Q8_1 {list(shape)} takes {room} bytes: its blocks must have 36 "
+                    "bytes, or 40 as in old files, and it must show which"
+                )
+            size = sizes[0]
+        return name_of, n // block * size
 
 
 def _one_line(error: BaseException) -> str:

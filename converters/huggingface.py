@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from tmac_py.config import ModelConfig
+from tmac_py.converters.bitnet import master_formats
 from tmac_py.converters.checkpoint import (
     NO_TOKENIZER,
     Checkpoint,
@@ -36,6 +37,10 @@ _UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Tensors of old checkpoints that hold nothing config.json does not say."""
 
 
+_SUB_NORMS = {"inner_attn_ln": "attn_sub_norm", "ffn_layernorm": "ffn_sub_norm"}
+"""1bitLLM's names -> transformers' names."""
+
+
 def detect(path: Path) -> bool:
     """Whether ``path`` is a folder with a config.json."""
     return (path / "config.json").is_file()
@@ -53,12 +58,15 @@ def read(path: Path) -> Checkpoint:
             read_object(path / "generation_config.json", optional=True),
         )
         quantization = read_settings(path, raw_config)
-        formats = format_of(*quantization) if quantization else all_dense
+        if quantization:
+            formats = format_of(*quantization)
+        else:
+            formats = master_formats if config.activation_bits else all_dense
         files = read_tokenizer_files(path)
         if files:
             config = replace(config, eos_token_ids=_end_tokens(config, files))
     stored = {
-        name: tensor
+        _ours(name): tensor
         for name, tensor in _stored_tensors(path).items()
         if not _UNUSED.fullmatch(name)
         and not (name == "lm_head.weight" and config.tie_word_embeddings)
@@ -95,6 +103,13 @@ def read(path: Path) -> Checkpoint:
         ],
         warnings=() if files else (NO_TOKENIZER.format(path),),
     )
+
+
+def _ours(name: str) -> str:
+    """The name that transformers gives a tensor."""
+    stem, _, part = name.rpartition(".")
+    parent, _, module = stem.rpartition(".")
+    return f"{parent}.{_SUB_NORMS[module]}.{part}" if module in _SUB_NORMS else name
 
 
 def _by_matrix(

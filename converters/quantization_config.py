@@ -8,7 +8,9 @@ from typing import Any
 
 from tmac_py.converters.auto_round import auto_round_formats
 from tmac_py.converters.awq import awq_formats
+from tmac_py.converters.bitnet import bitnet_formats
 from tmac_py.converters.compressed_tensors import compressed_tensors_formats
+from tmac_py.converters.fp8 import compressed_fp8_formats, fp8_formats
 from tmac_py.converters.gptq import gptq_formats
 from tmac_py.converters.hqq import hqq_formats
 from tmac_py.converters.json_file import read_object
@@ -17,10 +19,18 @@ from tmac_py.errors import ModelFileError, UnsupportedError
 
 Settings = Mapping[str, Any]
 
+
+def _compressed_tensors(settings: Settings) -> FormatOf:
+    return compressed_fp8_formats(settings) or compressed_tensors_formats(settings)
+
+
 METHODS: dict[str, Callable[[Settings], FormatOf]] = {
     "auto-round": auto_round_formats,
     "awq": awq_formats,
-    "compressed-tensors": compressed_tensors_formats,
+    "bitnet": bitnet_formats,
+    "compressed-tensors": _compressed_tensors,
+    "fbgemm_fp8": fp8_formats,
+    "fp8": fp8_formats,
     "gptq": gptq_formats,
     "hqq": hqq_formats,
     "intel/auto-round": auto_round_formats,

@@ -101,7 +101,7 @@ def test_generation_config_decides_the_end_tokens() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported (llama, mistral)"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported (llama, mistral, bitnet)"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"architectures": 5}, "architecture 5 is not supported"),
         ({"architectures": "BertModel"}, "architecture BertModel is not supported"),
@@ -205,6 +205,44 @@ def test_from_dict_is_strict(name: str) -> None:
             ModelConfig.from_dict({**values, name: wrong})
     with pytest.raises(ModelFileError, match="unknown key surprise"):
         ModelConfig.from_dict({**values, "surprise": 1})
+
+
+def test_bitnet_settings() -> None:
+    plain, packed = hf(), hf(quantization_config={"quant_method": "bitnet"})
+    assert (plain.activation_bits, plain.default_tables) == (None, "int8")
+    assert (packed.activation_bits, packed.default_tables) == (8, "exact8")
+    assert packed.to_dict() == {**plain.to_dict(), "activation_bits": 8}
+    assert ModelConfig.from_dict(packed.to_dict()) == packed
+    for wrong in (4, "x", [], True, 8.0):
+        with pytest.raises(ModelFileError, match="activation_bits must be 8 or absent"):
+            ModelConfig.from_dict({**plain.to_dict(), "activation_bits": wrong})
+    with pytest.raises(ModelFileError, match="sub_norms must be true or false"):
+        ModelConfig.from_dict({**plain.to_dict(), "sub_norms": 1})
+
+
+def test_models_that_cannot_be_run_yet() -> None:
+    config = hf(model_type="bitnet", hidden_act="relu2", architectures=["BitNetForCausalLM"])
+    norms = {n: s for n, s in config.tensor_shapes().items() if "sub_norm" in n}
+    assert len(norms) == 2 * config.num_hidden_layers
+    assert norms["model.layers.1.self_attn.attn_sub_norm.weight"] == (576,)
+    assert norms["model.layers.0.mlp.ffn_sub_norm.weight"] == (1536,)
+    for values, text in (
+        (config.to_dict(), "models with hidden_act 'relu2' and norms before o_proj and down_proj"),
+        ({**hf().to_dict(), "hidden_act": "relu2"}, "models with hidden_act 'relu2' cannot be run"),
+        ({**hf().to_dict(), "sub_norms": True}, "models with norms before o_proj and down_proj"),
+    ):
+        with pytest.raises(UnsupportedError) as caught:
+            ModelConfig.from_dict(values)
+        assert text in str(caught.value)
+
+
+def test_what_transformers_takes_for_absent_keys_of_bitnet() -> None:
+    keys = ("rope_theta", "rms_norm_eps", "num_key_value_heads", "hidden_act", "rope_scaling")
+    given = {k: v for k, v in LLAMA.items() if k not in keys}
+    sizes = {"hidden_size": 640, "num_attention_heads": 10}
+    config = ModelConfig.from_hf({**given, **sizes, "model_type": "bitnet"})
+    assert (config.rope_theta, config.rms_norm_eps) == (500000.0, 1e-5)
+    assert (config.num_key_value_heads, config.hidden_act) == (5, "relu2")
 
 
 def test_tensor_shapes() -> None:

@@ -6,9 +6,18 @@ import argparse
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tiny_checkpoints import TINY, gguf_tensors, hf_config, random_weights, write_gguf, write_hf
+from tiny_checkpoints import (
+    TINY,
+    encode,
+    gguf_tensors,
+    hf_config,
+    random_weights,
+    write_gguf,
+    write_hf,
+)
 from tmac_py.cli import convert
 from tmac_py.cli import main as program
 from tmac_py.errors import TmacError
@@ -118,3 +127,20 @@ def test_the_source_is_never_written_over(tmp_path: Path) -> None:
     with pytest.raises(TmacError, match="is the source"):
         run("--force", path, path)
     assert path.read_bytes() == before
+
+
+def test_codebooks_and_adapters(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = gguf_tensors(random_weights(TINY), TINY, "Q8_0")
+    tensors["blk.0.ffn_up.weight"] = (encode(np.zeros((512, 256), np.float32), "IQ4_XS"), "IQ4_XS")
+    path, out = write_gguf(tmp_path / "m.gguf", TINY, tensors), tmp_path / "m.lut"
+    assert program.convert([str(path), str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "up_proj.weight IQ4_XS; --requantize" in error
+    assert not out.exists()
+    assert program.convert([str(path), str(out), "--requantize", "--bits", "4"]) == 0
+    capsys.readouterr()
+    assert program.convert([str(folder), str(out), "--force", "--lora", str(tmp_path)]) == 2
+    assert "no adapter_config.json" in capsys.readouterr().err

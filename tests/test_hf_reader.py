@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from altered_json import alterations
 from tiny_checkpoints import TINY, hf_config, random_weights, save_safetensors, write_hf
 from tiny_vocab import byte_level_json, sentencepiece_model
 from tmac_py.converters import convert, open_checkpoint
@@ -253,21 +252,6 @@ def test_a_cut_or_altered_file_is_refused(tmp_path: Path) -> None:
             refused.append(str(error))
     assert len(refused) > 200
     assert not any("\n" in text for text in refused)
-
-
-WRONG: list[Any] = [None, True, -1, 1.5, "x", "\ud800", [], ["x"], [[]], [None], {}, {"x": ["x"]}]
-"""JSON values that are not what is expected somewhere; the surrogate is half a character."""
-
-
-def alterations(value: Any) -> Iterator[Any]:
-    """``value`` with each part in turn, at any depth, replaced by each of the wrong values."""
-    yield from WRONG
-    keys = range(len(value)) if isinstance(value, list) else value
-    for key in keys if isinstance(value, list | dict) else ():
-        for wrong in alterations(value[key]):
-            changed = copy.copy(value)
-            changed[key] = wrong
-            yield changed
 
 
 def short_tokenizer_json() -> Any:

@@ -47,13 +47,28 @@ GGUF_NAMES = {
 }
 
 HALVES = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
     "Q2_K": (80, 82),
     "Q3_K": (108,),
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+    "IQ1_S": (0,),
+    "IQ2_XXS": (0,),
+    "IQ2_XS": (0,),
+    "IQ2_S": (0,),
+    "IQ3_XXS": (0,),
+    "IQ3_S": (0,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
 }
-"""Where the fp16 numbers stand in a block of the types that the gguf package cannot write."""
+"""Where the fp16 numbers stand in a block."""
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, NDArray[np.float32]]:
@@ -88,18 +103,48 @@ def to_gguf_order(name: str, w: NDArray[Any], config: ModelConfig) -> NDArray[An
     return w
 
 
-def encode(w: NDArray[np.float32], kind: str, seed: int = 0) -> NDArray[Any]:
-    """Bytes of ``w`` in a GGUF type; for the K types valid random blocks of that shape."""
-    qtype = gguf.GGMLQuantizationType[kind]
-    if kind not in HALVES:
-        return gguf.quants.quantize(w, qtype)
-    block, nbytes = gguf.GGML_QUANT_SIZES[qtype]
+def random_blocks(
+    shape: tuple[int, int], kind: str, seed: int, scales: tuple[float, ...] = ()
+) -> NDArray[np.uint8]:
+    """Rows of random blocks of a GGUF type; their fp16 numbers are ``scales`` or about as usual."""
+    block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     rng = np.random.default_rng(seed)
-    raw = rng.integers(0, 256, (w.shape[0], w.shape[1] // block, nbytes), np.uint8)
-    for start in HALVES[kind]:
-        d = rng.normal(0, 0.002, raw.shape[:2]).astype(np.float16)
-        raw[..., start : start + 2] = d[..., None].view(np.uint8)
-    return raw.reshape(w.shape[0], -1)
+    raw = rng.integers(0, 256, (shape[0], shape[1] // block, nbytes), np.uint8)
+    for start in HALVES.get(kind, ()):
+        d = rng.choice(scales, raw.shape[:2]) if scales else rng.normal(0, 0.002, raw.shape[:2])
+        raw[..., start : start + 2] = d.astype(np.float16)[..., None].view(np.uint8)
+    if kind == "TQ2_0":  # code 3 is not one
+        codes = rng.integers(0, 3, (*raw.shape[:2], 64, 4), np.uint8)
+        raw[..., :64] = codes @ np.array([1, 4, 16, 64], np.uint8)
+    return raw.reshape(shape[0], -1)
+
+
+def encode(w: NDArray[np.float32], kind: str, seed: int = 0) -> NDArray[Any]:
+    """Bytes of ``w`` in a GGUF type; valid random blocks where the gguf package writes none."""
+    try:
+        return gguf.quants.quantize(w, gguf.GGMLQuantizationType[kind])
+    except NotImplementedError:
+        return random_blocks((w.shape[0], w.shape[1]), kind, seed)
+
+
+def encode_i2_s(codes: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
+    """The bytes of an I2_S tensor of codes 0, 1, 2: 128 of them in 32 bytes, the first highest."""
+    quarters = codes.reshape(-1, 4, 32)
+    packed = np.zeros((len(quarters), 32), np.uint8)
+    for i in range(4):
+        packed |= quarters[:, i] << np.uint8(6 - 2 * i)
+    tail = np.zeros(32, np.uint8)
+    tail[:4] = np.array([scale], "<f4").view(np.uint8)
+    return np.concatenate([packed.reshape(-1), tail])
+
+
+def set_type(path: Path, name: str, type_id: int) -> Path:
+    """Write another type id into the entry of a matrix of a GGUF file."""
+    data = bytearray(path.read_bytes())
+    at = data.index(name.encode()) + len(name) + 4 + 2 * 8
+    data[at : at + 4] = type_id.to_bytes(4, "little")
+    path.write_bytes(data)
+    return path
 
 
 def write_gguf(
@@ -109,8 +154,12 @@ def write_gguf(
     metadata: dict[str, Any] | None = None,
     *,
     architecture: str = "llama",
+    shapes: dict[str, tuple[int, ...]] | None = None,
 ) -> Path:
-    """A GGUF file of GGUF names -> (stored array, type); ``metadata`` overrides or adds keys."""
+    """A GGUF file of GGUF names -> (stored array, type); ``metadata`` overrides or adds keys.
+
+    ``shapes`` are for tensors whose bytes do not tell them.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     values: dict[str, Any] = {
         "llama.embedding_length": config.hidden_size,
@@ -136,7 +185,8 @@ def write_gguf(
         elif value is not None:
             writer.add_array(key, value)
     for name, (data, kind) in tensors.items():
-        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+        shape = (shapes or {}).get(name)
+        writer.add_tensor(name, data, shape, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

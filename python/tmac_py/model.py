@@ -45,13 +45,18 @@ class Model:
     """
 
     def __init__(
-        self, file: LutFile, path: Path, *, threads: int | None = None, tables: Tables = "int8"
+        self,
+        file: LutFile,
+        path: Path,
+        *,
+        threads: int | None = None,
+        tables: Tables | None = None,
     ) -> None:
         """Build from an open file, which the model then owns; :meth:`load` is the usual way."""
         self.path = path
         self.config: ModelConfig = file.config
         self.threads = check_threads(threads)
-        self.tables = check_tables(tables)
+        self.tables = check_tables(self.config.default_tables if tables is None else tables)
         files = file.tokenizer
         self._tokenizer = Tokenizer(files, bos_id=file.config.bos_token_id) if files else None
         settings = self._tokenizer.config if self._tokenizer else {}
@@ -67,7 +72,7 @@ class Model:
         path: str | Path,
         *,
         threads: int | None = None,
-        tables: Tables = "int8",
+        tables: Tables | None = None,
         check: bool = True,
     ) -> Model:
         """Open a .lut file.
@@ -77,7 +82,8 @@ class Model:
             threads: 1 to 1024; None takes the performance cores that this process may use (CPU
                 affinity and quota included). Models with the same number share the threads.
             tables: lookup tables of "int8" (fast), "exact" (activations rounded to 14 bits, exact
-                sums) or "exact8" (to 8 bits per token: BitNet's arithmetic).
+                sums) or "exact8" (to 8 bits per token: BitNet's arithmetic); None takes "exact8"
+                for models made for it, "int8" for others.
             check: compare all tensors with their checksums first.
 
         Raises:
@@ -85,7 +91,8 @@ class Model:
             OptionError: an argument is not allowed.
         """
         check_threads(threads)
-        check_tables(tables)
+        if tables is not None:
+            check_tables(tables)
         file = LutFile.open(path, check=check)
         try:
             return cls(file, Path(path), threads=threads, tables=tables)

@@ -48,6 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="range of a group: its smallest and largest weight, or the one with the least mean "
         "squared error (default: mse)",
     )
+    parser.add_argument(
+        "--lora", metavar="FOLDER", help="merge this LoRA adapter (peft) into SOURCE first"
+    )
+    dense.add_argument(
+        "--requantize",
+        action="store_true",
+        help="quantise matrices stored in types with codebooks (IQ1 to IQ4, MXFP4, NVFP4) as well, "
+        "at some loss; without it they are refused",
+    )
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -65,6 +74,8 @@ def execute(args: argparse.Namespace) -> int:
             asym=args.asym,
             search=args.search,
             head_bits=args.head_bits,
+            requantize=args.requantize,
+            lora=args.lora,
             progress=progress,
             warn=progress.warn,
         )

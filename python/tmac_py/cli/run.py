@@ -61,9 +61,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tables",
         choices=get_args(Tables),
-        default="int8",
         help="lookup tables of 8 bits, or exact sums of activations rounded to 14 bits, which are "
-        "slower (default: int8)",
+        "slower, or to 8 bits per token (default: exact8 for BitNet models, int8 for others)",
     )
     group.add_argument(
         "--cache-dir",
