@@ -1,0 +1,170 @@
+"""``bcq``: binary-coding quantisation with an offset (Park et al., 2024, LUT-GEMM, section 3).
+
+A group of weights is ``sum_p a_p b_p + z`` with ``b_p`` of -1 and 1. Alternating optimisation (Xu et
+al., 2018): least squares give ``a`` and ``z`` for the codes, then every weight takes the nearest of
+the ``2**bits`` values. Neither step raises the squared error. It starts twice, from the greedy
+decomposition (signs and mean absolute values of what is left, plane by plane) and from evenly spaced
+values over the best range, and each group keeps the better end.
+
+Above 4 bits, which the layout does not hold, and where evenly spaced values are as good, matrices
+are quantised as by ``mse``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tmac_py.converters.quantizers.base import Encoded, Inputs, Settings, encode_rows, to_fp16
+from tmac_py.converters.quantizers.rtn import quantize_mse
+from tmac_py.quant import (
+    MAX_BCQ_BITS,
+    MatrixLike,
+    QuantTensor,
+    bcq_tensor,
+    count_groups,
+    encode_groups,
+    group_blocks,
+    resolve_group_size,
+)
+
+ITERATIONS = 15
+_CHUNK_ELEMENTS = 1 << 15
+_RIDGE = 1e-6
+"""Keeps least squares solvable for codes that do not tell the planes apart."""
+
+Floats = NDArray[np.float32]
+
+
+def quantize_bcq(matrix: MatrixLike, settings: Settings, inputs: Inputs | None) -> QuantTensor:
+    """Up to 4 bits binary-coded, with an offset; above as `quantize_mse`."""
+    if settings.bits > MAX_BCQ_BITS:
+        return quantize_mse(matrix, settings, inputs)
+
+    def encode(w: Floats, group_size: int) -> Encoded:
+        rows, k = w.shape
+        codes = np.empty((rows, k), np.uint8)
+        scales = np.empty((rows, count_groups(k, group_size), settings.bits), np.float16)
+        offsets = np.empty(scales.shape[:2], np.float16)
+        for columns, groups in group_blocks(k, group_size):
+            n = groups.stop - groups.start
+            part = np.ascontiguousarray(w[:, columns].reshape(rows * n, -1).T)
+            c, s, o = _encode(part, settings.bits)
+            codes[:, columns] = c.T.reshape(rows, -1)
+            scales[:, groups] = s.T.reshape(rows, n, -1)
+            offsets[:, groups] = o.reshape(rows, n)
+        return Encoded(codes, scales, offsets)
+
+    encoded = encode_rows(matrix, settings.group_size, _CHUNK_ELEMENTS, encode)
+    assert encoded.offsets is not None
+    size = resolve_group_size(matrix.shape[1], settings.group_size)
+    return bcq_tensor(encoded.codes, encoded.scales, encoded.offsets, group_size=size)
+
+
+def alternate(w: Floats, codes: NDArray[np.uint8], bits: int) -> Iterator[tuple[Floats, Floats]]:
+    """The alternating optimisation of groups w [n, g] from ``codes`` [n, g], which it changes.
+
+    Yields, after each least squares, its solution [bits + 1, g] (scales, offset) and the squared
+    error [g] of the nearest values, to which ``codes`` are then set.
+    """
+    best = np.full(w.shape[1], np.inf, np.float32)
+    solution = np.zeros((bits + 1, w.shape[1]), np.float32)
+    while True:
+        found = _least_squares(w, codes, bits)
+        nearest, error = _nearest(w, found, bits)
+        better = error < best  # the ridge and rounding may cost a little
+        best[better] = error[better]
+        solution[:, better] = found[:, better]
+        codes[:, better] = nearest[:, better]
+        yield solution, best
+
+
+def _encode(
+    w: Floats, bits: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
+    """Codes [n, g], scales [bits, g] and offsets [g] of the groups w [n, g]."""
+    kept: tuple[NDArray[np.uint8], Floats, Floats] | None = None
+    for codes in (_greedy(w, bits), _evenly_spaced(w, bits)):
+        for (solution, _), _ in zip(alternate(w, codes, bits), range(ITERATIONS), strict=False):
+            pass
+        rounded = to_fp16(solution, "scale").astype(np.float32)
+        codes, error = _nearest(w, rounded, bits)
+        if kept is None:
+            kept = codes, rounded, error
+            continue
+        better = error < kept[2]
+        kept[0][:, better] = codes[:, better]
+        kept[1][:, better] = rounded[:, better]
+    assert kept is not None
+    codes, rounded, _ = kept
+    return codes, rounded[:bits].astype(np.float16), rounded[bits].astype(np.float16)
+
+
+def _greedy(w: Floats, bits: int) -> NDArray[np.uint8]:
+    """The top plane holds the signs of what is above the mean, the next those of the rest, ..."""
+    rest = w - w.mean(axis=0)
+    codes = np.zeros(w.shape, np.uint8)
+    for plane in reversed(range(bits)):
+        positive = rest >= 0
+        codes |= positive.astype(np.uint8) << np.uint8(plane)
+        size = np.abs(rest).mean(axis=0)
+        rest -= np.where(positive, size, -size)
+    return codes
+
+
+def _evenly_spaced(w: Floats, bits: int) -> NDArray[np.uint8]:
+    codes, _, _ = encode_groups(np.ascontiguousarray(w.T)[:, None], bits, True, "mse")
+    return np.ascontiguousarray(codes[:, 0].T)
+
+
+def _signs(codes: NDArray[np.uint8], plane: int) -> Floats:
+    return ((codes >> plane & 1).astype(np.float32) - np.float32(0.5)) * np.float32(2)
+
+
+def _least_squares(w: Floats, codes: NDArray[np.uint8], bits: int) -> Floats:
+    """Scales and offset [bits + 1, g] of the least squared error for these codes."""
+    basis = [*(_signs(codes, plane) for plane in range(bits)), None]  # None: ones
+    size = bits + 1
+    normal = np.empty((size, size, w.shape[1]))
+    right = np.empty((size, w.shape[1]))
+    for i, b in enumerate(basis):
+        right[i] = (w if b is None else w * b).sum(axis=0)
+        for j, other in enumerate(basis[i:], i):
+            if i == j:
+                normal[i, i] = len(w) * (1 + _RIDGE)
+            else:
+                assert b is not None
+                normal[i, j] = normal[j, i] = (b if other is None else b * other).sum(axis=0)
+    return _solve(normal, right).astype(np.float32)
+
+
+def _solve(a: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Solutions [n, g] of positive definite systems a [n, n, g] with right sides x; in place."""
+    n = len(x)
+    for i in range(n):
+        for j in range(i + 1, n):
+            factor = a[j, i] / a[i, i]
+            a[j, i:] -= factor * a[i, i:]
+            x[j] -= factor * x[i]
+    for i in reversed(range(n)):
+        for j in range(i + 1, n):
+            x[i] -= a[i, j] * x[j]
+        x[i] /= a[i, i]
+    return x
+
+
+def _nearest(w: Floats, solution: Floats, bits: int) -> tuple[NDArray[np.uint8], Floats]:
+    """Codes [n, g] of the nearest of the values of each group, and the squared errors [g]."""
+    codes = np.zeros(w.shape, np.uint8)
+    best = np.full(w.shape, np.inf, np.float32)
+    for code in range(1 << bits):
+        value = solution[bits].copy()
+        for plane in range(bits):
+            value += solution[plane] if code >> plane & 1 else -solution[plane]
+        distance = np.abs(w - value)
+        closer = distance < best
+        np.copyto(codes, np.uint8(code), where=closer)
+        np.minimum(best, distance, out=best)
+    return codes, np.einsum("ng,ng->g", best, best)
