@@ -1,9 +1,10 @@
-"""``--target-bpw``: bits for each matrix, so that the file keeps to a budget with the least error."""
+"""``--target-bpw``: bits for each matrix, so that a file keeps to a budget with least error."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +60,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, 
     steps = []
     for order, (name, options) in enumerate(choices.items()):
         hull = _hull(options)
-        for here, there in zip(hull, hull[1:], strict=False):
+        for here, there in pairwise(hull):
             steps.append((-_gain(here, there), order, here.nbytes, name, here, there))
     for _, _, _, name, here, there in sorted(steps, key=lambda step: step[:3]):
         cost = there.nbytes - here.nbytes

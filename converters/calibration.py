@@ -57,7 +57,8 @@ def token_texts(
     """
     if not tokenizer:
         raise UnsupportedError(
-            "calibration needs a tokenizer, which this checkpoint lacks (rtn, mse, hqq and bcq do not)"
+            "calibration needs a tokenizer, which this checkpoint lacks "
+            "(rtn, mse, hqq and bcq need none)"
         )
     vocabulary = Tokenizer(tokenizer, bos_id=config.bos_token_id)
     prompt = vocabulary.encode(text.text)

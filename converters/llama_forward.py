@@ -33,8 +33,7 @@ Visit = Callable[[tuple[str, ...], Floats], None]
 
 
 class LlamaForward:
-    """The layers of one model on texts ``[n, length]`` (Touvron et al., 2023; RoPE and windows as in
-    `tmac_py.config.ModelConfig`)."""
+    """The layers of one model on texts ``[n, length]`` (Touvron et al., 2023)."""
 
     def __init__(self, config: ModelConfig, length: int) -> None:
         self._config = config
@@ -71,9 +70,7 @@ class LlamaForward:
     def _attend(self, layer: Layer, x: Floats) -> Floats:
         """The heads' outputs ``[length, heads * head_dim]`` of one text."""
         config = self._config
-        q, k, v = (
-            (x @ layer[name].T).reshape(len(x), -1, config.head_dim) for name in STAGES[0]
-        )
+        q, k, v = ((x @ layer[name].T).reshape(len(x), -1, config.head_dim) for name in STAGES[0])
         q, k = self._rotate(q), self._rotate(k)
         out = np.empty_like(q)
         shared = config.num_attention_heads // config.num_key_value_heads

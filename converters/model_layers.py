@@ -32,9 +32,7 @@ def layers_of(checkpoint: Checkpoint) -> list[dict[str, TensorSource]]:
 
     Raises UnsupportedError for tensors that the graph for calibration does not know.
     """
-    layers: list[dict[str, TensorSource]] = [
-        {} for _ in range(checkpoint.config.num_hidden_layers)
-    ]
+    layers: list[dict[str, TensorSource]] = [{} for _ in range(checkpoint.config.num_hidden_layers)]
     for tensor in checkpoint.tensors:
         if match := _LAYER_TENSOR.fullmatch(tensor.name):
             layers[int(match[1])][match[2]] = tensor
@@ -75,9 +73,7 @@ def as_floats(
     return whole
 
 
-def embed(
-    embedding: QuantTensor | MatrixLike, texts: NDArray[np.int32]
-) -> NDArray[np.float32]:
+def embed(embedding: QuantTensor | MatrixLike, texts: NDArray[np.int32]) -> NDArray[np.float32]:
     """Rows of the embedding for ids ``[n, length]``: float32 ``[n, length, hidden]``."""
     ids, places = np.unique(texts, return_inverse=True)
     m = embedding.m if isinstance(embedding, QuantTensor) else embedding.shape[0]
@@ -96,9 +92,7 @@ def embed(
     return rows[places.reshape(texts.shape)]
 
 
-def input_sizes(
-    checkpoint: Checkpoint, texts: NDArray[np.int32]
-) -> dict[str, NDArray[np.float32]]:
+def input_sizes(checkpoint: Checkpoint, texts: NDArray[np.int32]) -> dict[str, NDArray[np.float32]]:
     """Mean square of the inputs ``[k]`` of every matrix of the model as it is, by its name.
 
     The embedding has some only where it serves as lm_head too.

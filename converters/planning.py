@@ -75,7 +75,9 @@ def _plan_target(
             with naming_tensor(tensor.name):
                 choices[tensor.name] = _choices(tensor, options, mean_squares.get(tensor.name))
     if not choices:
-        raise UnsupportedError("target_bpw would have no effect: the bits of all matrices are given")
+        raise UnsupportedError(
+            "target_bpw would have no effect: the bits of all matrices are given"
+        )
     target = options.target_bpw
     chosen = allocate(choices, math.floor(target * weights / 8) - fixed)
     reached = 8 * (fixed + sum(choice.nbytes for choice in chosen.values())) / weights

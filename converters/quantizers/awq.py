@@ -22,16 +22,19 @@ from tmac_py.parallel import map_threads
 from tmac_py.quant import quantize_rtn, row_chunks
 
 ALPHAS = tuple(i / 20 for i in range(20))
-_SAMPLE_TOKENS = 512
-"""Tokens whose outputs are compared."""
+_SAMPLE_TOKENS, _SAMPLE_ROWS = 512, 512
+"""Tokens and rows of each matrix whose outputs are compared."""
 
-_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS = 1 << 17
 
 Floats = NDArray[np.float32]
 
 _PRODUCERS = dict(
-    zip(STAGES, ("input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"),
-        strict=True)
+    zip(
+        STAGES,
+        ("input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"),
+        strict=True,
+    )
 )
 """Matrices that share inputs -> what produces them."""
 
@@ -101,12 +104,11 @@ def search_scales(
 ) -> Floats:
     """The scales ``[k]`` with the least squared error of the outputs of ``x`` [tokens, k]."""
     best, best_error = np.ones_like(mean_abs), np.inf
+    samples = [w[:: -(-len(w) // _SAMPLE_ROWS)] for w in matrices]
     for alpha in ALPHAS:
         scales = np.maximum(mean_abs, np.float32(1e-8)) ** np.float32(alpha)
         scales = np.maximum(scales / np.sqrt(scales.max() * scales.min()), np.float32(1e-4))
-        error = sum(
-            _output_error(w, s, scales, x) for w, s in zip(matrices, settings, strict=True)
-        )
+        error = sum(_output_error(w, s, scales, x) for w, s in zip(samples, settings, strict=True))
         if error < best_error:
             best, best_error = scales, error
     return best
@@ -117,9 +119,9 @@ def _output_error(w: Floats, settings: Settings, scales: Floats, x: Floats) -> f
     q = quantize_rtn(
         w * scales, bits=settings.bits, group_size=settings.group_size, asym=settings.asym
     )
-    difference = (q.dequantize() / scales - w).astype(np.float32)
+    difference = q.dequantize() / scales - w
     parts = map_threads(
         lambda rows: float(np.square(x @ difference[rows].T).sum(dtype=np.float64)),
-        row_chunks(*w.shape, _CHUNK_ELEMENTS),
+        row_chunks(w.shape[0], w.shape[1], _CHUNK_ELEMENTS),
     )
     return sum(parts)

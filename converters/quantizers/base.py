@@ -48,17 +48,17 @@ class Inputs:
             lambda start: transposed[start : start + _HESSIAN_ROWS] @ self.x,
             range(0, k, _HESSIAN_ROWS),
         )
-        return np.concatenate(parts) / np.float32(len(self.x))
+        return np.asarray(np.concatenate(parts) / np.float32(len(self.x)))
 
     @cached_property
     def mean_square(self) -> NDArray[np.float32]:
         """Mean of ``x**2``, ``[k]``: the Hessian's diagonal."""
-        return np.square(self.x).mean(axis=0, dtype=np.float64).astype(np.float32)
+        return np.asarray(np.square(self.x).mean(axis=0, dtype=np.float64), np.float32)
 
     @cached_property
     def mean_abs(self) -> NDArray[np.float32]:
         """Mean of ``|x|``, ``[k]``."""
-        return np.abs(self.x).mean(axis=0, dtype=np.float64).astype(np.float32)
+        return np.asarray(np.abs(self.x).mean(axis=0, dtype=np.float64), np.float32)
 
     def sample(self, tokens: int) -> NDArray[np.float32]:
         """At most ``tokens`` rows of ``x``, evenly spaced."""
@@ -135,5 +135,3 @@ def group_slices(k: int, group_size: int) -> list[slice]:
         slice(g * group_size, min((g + 1) * group_size, k))
         for g in range(count_groups(k, group_size))
     ]
-
-

@@ -1,10 +1,10 @@
 """``bcq``: binary-coding quantisation with an offset (Park et al., 2024, LUT-GEMM, section 3).
 
-A group of weights is ``sum_p a_p b_p + z`` with ``b_p`` of -1 and 1. Alternating optimisation (Xu et
-al., 2018): least squares give ``a`` and ``z`` for the codes, then every weight takes the nearest of
-the ``2**bits`` values. Neither step raises the squared error. It starts twice, from the greedy
-decomposition (signs and mean absolute values of what is left, plane by plane) and from evenly spaced
-values over the best range, and each group keeps the better end.
+A group of weights is ``sum_p a_p b_p + z`` with ``b_p`` of -1 and 1. Alternating optimisation (Xu
+et al., 2018): least squares give ``a`` and ``z`` for the codes, then every weight takes the nearest
+of the ``2**bits`` values. Neither step raises the squared error. It starts twice, from even steps
+over the best range and from the greedy decomposition (signs and mean absolute values of what
+is left, plane by plane), and each group keeps the better end.
 
 Above 4 bits, which the layout does not hold, and where evenly spaced values are as good, matrices
 are quantised as by ``mse``.
@@ -13,6 +13,7 @@ are quantised as by ``mse``.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ from tmac_py.quant import (
     resolve_group_size,
 )
 
-ITERATIONS = 15
+ITERATIONS = 10
 _CHUNK_ELEMENTS = 1 << 15
 _RIDGE = 1e-6
 """Keeps least squares solvable for codes that do not tell the planes apart."""
@@ -63,22 +64,25 @@ def quantize_bcq(matrix: MatrixLike, settings: Settings, inputs: Inputs | None) 
     return bcq_tensor(encoded.codes, encoded.scales, encoded.offsets, group_size=size)
 
 
-def alternate(w: Floats, codes: NDArray[np.uint8], bits: int) -> Iterator[tuple[Floats, Floats]]:
-    """The alternating optimisation of groups w [n, g] from ``codes`` [n, g], which it changes.
+def alternate(
+    w: Floats, codes: NDArray[np.uint8], bits: int
+) -> Iterator[tuple[NDArray[np.uint8], Floats]]:
+    """The alternating optimisation of groups w [n, g] from ``codes`` [n, g], without end.
 
-    Yields, after each least squares, its solution [bits + 1, g] (scales, offset) and the squared
-    error [g] of the nearest values, to which ``codes`` are then set.
+    Yields codes, scales and offset [bits + 1, g]: first the best ones for ``codes``.
     """
-    best = np.full(w.shape[1], np.inf, np.float32)
-    solution = np.zeros((bits + 1, w.shape[1]), np.float32)
     while True:
-        found = _least_squares(w, codes, bits)
-        nearest, error = _nearest(w, found, bits)
-        better = error < best  # the ridge and rounding may cost a little
-        best[better] = error[better]
-        solution[:, better] = found[:, better]
-        codes[:, better] = nearest[:, better]
-        yield solution, best
+        solution = _least_squares(w, codes, bits)
+        yield codes, solution
+        codes = _nearest(w, solution, bits)
+
+
+def squared_error(w: Floats, codes: NDArray[np.uint8], solution: Floats, bits: int) -> Floats:
+    """Of each group, [g]."""
+    rest = w - solution[bits]
+    for plane in range(bits):
+        rest -= _signs(codes, plane) * solution[plane]
+    return np.asarray(np.einsum("ng,ng->g", rest, rest))
 
 
 def _encode(
@@ -86,17 +90,17 @@ def _encode(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
     """Codes [n, g], scales [bits, g] and offsets [g] of the groups w [n, g]."""
     kept: tuple[NDArray[np.uint8], Floats, Floats] | None = None
-    for codes in (_greedy(w, bits), _evenly_spaced(w, bits)):
-        for (solution, _), _ in zip(alternate(w, codes, bits), range(ITERATIONS), strict=False):
-            pass
+    for start in (_evenly_spaced(w, bits), _greedy(w, bits)):
+        _, solution = next(islice(alternate(w, start, bits), ITERATIONS, None))
         rounded = to_fp16(solution, "scale").astype(np.float32)
-        codes, error = _nearest(w, rounded, bits)
+        codes = _nearest(w, rounded, bits)
+        error = squared_error(w, codes, rounded, bits)
         if kept is None:
             kept = codes, rounded, error
             continue
         better = error < kept[2]
-        kept[0][:, better] = codes[:, better]
-        kept[1][:, better] = rounded[:, better]
+        np.copyto(kept[0], codes, where=better)
+        np.copyto(kept[1], rounded, where=better)
     assert kept is not None
     codes, rounded, _ = kept
     return codes, rounded[:bits].astype(np.float16), rounded[bits].astype(np.float16)
@@ -120,15 +124,17 @@ def _evenly_spaced(w: Floats, bits: int) -> NDArray[np.uint8]:
 
 
 def _signs(codes: NDArray[np.uint8], plane: int) -> Floats:
-    return ((codes >> plane & 1).astype(np.float32) - np.float32(0.5)) * np.float32(2)
+    signs = (codes >> plane & 1).astype(np.float32)
+    signs *= 2
+    signs -= 1
+    return np.asarray(signs)
 
 
 def _least_squares(w: Floats, codes: NDArray[np.uint8], bits: int) -> Floats:
     """Scales and offset [bits + 1, g] of the least squared error for these codes."""
     basis = [*(_signs(codes, plane) for plane in range(bits)), None]  # None: ones
-    size = bits + 1
-    normal = np.empty((size, size, w.shape[1]))
-    right = np.empty((size, w.shape[1]))
+    normal = np.empty((bits + 1, bits + 1, w.shape[1]))
+    right = np.empty((bits + 1, w.shape[1]))
     for i, b in enumerate(basis):
         right[i] = (w if b is None else w * b).sum(axis=0)
         for j, other in enumerate(basis[i:], i):
@@ -155,16 +161,14 @@ def _solve(a: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64
     return x
 
 
-def _nearest(w: Floats, solution: Floats, bits: int) -> tuple[NDArray[np.uint8], Floats]:
-    """Codes [n, g] of the nearest of the values of each group, and the squared errors [g]."""
-    codes = np.zeros(w.shape, np.uint8)
-    best = np.full(w.shape, np.inf, np.float32)
-    for code in range(1 << bits):
-        value = solution[bits].copy()
-        for plane in range(bits):
-            value += solution[plane] if code >> plane & 1 else -solution[plane]
-        distance = np.abs(w - value)
-        closer = distance < best
-        np.copyto(codes, np.uint8(code), where=closer)
-        np.minimum(best, distance, out=best)
-    return codes, np.einsum("ng,ng->g", best, best)
+def _nearest(w: Floats, solution: Floats, bits: int) -> NDArray[np.uint8]:
+    """Codes [n, g] of the nearest of the values of each group."""
+    values = np.repeat(solution[bits][None], 1 << bits, axis=0)
+    for plane in range(bits):
+        values += _signs(np.arange(1 << bits, dtype=np.uint8)[:, None], plane) * solution[plane]
+    order = values.argsort(axis=0, kind="stable").astype(np.uint8)
+    values.sort(axis=0)
+    rank = np.zeros(w.shape, np.uint8)
+    for low, high in pairwise(values):
+        rank += w > (low + high) / 2
+    return np.take_along_axis(order, rank, axis=0)

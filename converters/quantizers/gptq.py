@@ -2,10 +2,10 @@
 
 The squared error of the outputs is ``tr(E H E^T)``, ``E`` what rounding adds to the weights and
 ``H`` the mean of ``x x^T``. With ``H = U D U^T``, ``U`` unit upper triangular, it is
-``sum_j D_j |E_j + sum_{i<j} E_i U_ij|**2``: column ``j`` is rounded after the errors of the columns
-before it, times ``U``, have been added. This is GPTQ without the inverse of ``H`` (Chee et al., 2023,
-QuIP, theorem 6 shows that both are the same); columns go in blocks, so that most of it is matrix
-products, and each group gets its scale when its turn comes.
+``sum_j D_j |E_j + sum_{i<j} E_i U_ij|**2``: column ``j`` is rounded after the errors of the
+columns before it, times ``U``, have been added. This is GPTQ without the inverse of ``H`` (QuIP,
+Chee et al., 2023, theorem 6, shows that both are the same); columns go in blocks, so that most of
+it is matrix products, and each group gets its scale when its turn comes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from tmac_py.converters.quantizers.base import (
     group_slices,
     uniform_tensor,
 )
-from tmac_py.quant import MatrixLike, QuantTensor, encode_groups, symmetric_zero
+from tmac_py.quant import (
+    MatrixLike,
+    QuantTensor,
+    encode_groups,
+    resolve_group_size,
+    symmetric_zero,
+)
 
 DAMPING = 0.01
 """Part of the mean of the Hessian's diagonal that is added to it."""
@@ -40,14 +46,16 @@ def quantize_gptq(matrix: MatrixLike, settings: Settings, inputs: Inputs | None)
     assert inputs is not None
     hessian = damped(inputs.hessian)
     feedback = error_feedback(hessian)
+    columns = group_slices(
+        matrix.shape[1], resolve_group_size(matrix.shape[1], settings.group_size)
+    )
+    settled = [_inverse(feedback[c, c]) for c in columns]
     importance = np.ascontiguousarray(hessian.diagonal(), np.float32)
 
-    def encode(w: Floats, group_size: int) -> Encoded:
-        return _encode(w, settings, group_size, feedback, importance)
+    def encode(w: Floats, _group_size: int) -> Encoded:
+        return _encode(w, settings, columns, feedback, settled, importance)
 
-    encoded = encode_rows(
-        matrix, settings.group_size, _CHUNK_ROWS * matrix.shape[1], encode
-    )
+    encoded = encode_rows(matrix, settings.group_size, _CHUNK_ROWS * matrix.shape[1], encode)
     return uniform_tensor(encoded, settings.bits, settings.group_size)
 
 
@@ -68,13 +76,23 @@ def error_feedback(hessian: NDArray[np.float64]) -> Floats:
     return np.ascontiguousarray(upper / upper.diagonal(), np.float32)
 
 
+def _inverse(unit_upper: Floats) -> Floats:
+    """Carries errors of earlier groups through this one: the weights that the group will round, if
+    its own errors are zero."""
+    return np.linalg.inv(unit_upper.astype(np.float64)).astype(np.float32)
+
+
 def _encode(
-    w: Floats, settings: Settings, group_size: int, feedback: Floats, importance: Floats
+    w: Floats,
+    settings: Settings,
+    groups: list[slice],
+    feedback: Floats,
+    settled: list[Floats],
+    importance: Floats,
 ) -> Encoded:
     rows, k = w.shape
     bits, asym = settings.bits, settings.asym
     zero = np.float32(0 if asym else symmetric_zero(bits))
-    groups = group_slices(k, group_size)
     scales = np.empty((len(groups), rows), np.float16)
     offsets = np.empty_like(scales)
     codes = np.empty((k, rows), np.uint8)
@@ -82,9 +100,11 @@ def _encode(
     weights = np.ascontiguousarray(w.T)
     for g, columns in enumerate(groups):
         before = columns.start
-        target = weights[columns] + feedback[:before, columns].T @ errors[:before]
+        shift = feedback[:before, columns].T @ errors[:before]
+        target = weights[columns] + shift
+        expected = weights[columns] + settled[g].T @ shift if before else target
         _, s, o = encode_groups(
-            np.ascontiguousarray(target.T)[:, None], bits, asym, "mse", importance[None, columns]
+            np.ascontiguousarray(expected.T)[:, None], bits, asym, "mse", importance[None, columns]
         )
         scales[g], offsets[g] = s[:, 0], o[:, 0]
         scale, offset = s[:, 0].astype(np.float32), o[:, 0].astype(np.float32)
