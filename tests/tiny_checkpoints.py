@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from tiny_vocab import byte_level_json
 from tmac_py.config import ModelConfig
 
 TINY = ModelConfig(
@@ -208,4 +210,17 @@ def write_hf(
         weight_map.update(dict.fromkeys(part, file))
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+SPEAKING = replace(TINY, vocab_size=400)
+
+
+def write_speaking(
+    folder: Path, weights: dict[str, NDArray[np.float32]] | None = None, **changes: Any
+) -> Path:
+    """A Hugging Face folder of ``SPEAKING`` with a tokenizer; ``changes`` to its configuration."""
+    config = replace(SPEAKING, **changes)
+    write_hf(folder, random_weights(config) if weights is None else weights, hf_config(config))
+    (folder / "tokenizer.json").write_bytes(byte_level_json())
     return folder
