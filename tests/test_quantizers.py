@@ -276,3 +276,11 @@ def test_a_stage_with_kept_codes_is_not_scaled() -> None:
     }
     awq.fold_scales(folded, {s: awq.Seen.of(x) for s, x in seen.items()}, settings, TINY)
     assert all(np.array_equal(folded[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_activations_that_are_not_finite_are_refused(name: str) -> None:
+    inputs = correlated()
+    inputs.x[7, 7] = np.inf
+    with pytest.raises(ValueError, match="activations of the calibration text"):
+        METHODS[name].quantize(weights(), Settings(3, 32, True), inputs)

@@ -20,6 +20,9 @@ from tmac_py.quant import (
     symmetric_zero,
 )
 
+NOT_FINITE = "activations of the calibration text are not finite"
+"""Error of a model that overflows float32."""
+
 _HESSIAN_ROWS = 128
 """Rows of a Hessian computed at once."""
 
@@ -52,8 +55,11 @@ class Inputs:
 
     @cached_property
     def mean_square(self) -> NDArray[np.float32]:
-        """Mean of ``x**2``, ``[k]``: the Hessian's diagonal."""
-        return np.asarray(np.square(self.x).mean(axis=0, dtype=np.float64), np.float32)
+        """Mean of ``x**2``, ``[k]``: the Hessian's diagonal. ValueError if it is not finite."""
+        result = np.asarray(np.square(self.x).mean(axis=0, dtype=np.float64), np.float32)
+        if not np.isfinite(result).all():
+            raise ValueError(NOT_FINITE)
+        return result
 
     @cached_property
     def mean_abs(self) -> NDArray[np.float32]:

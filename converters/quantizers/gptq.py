@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmac_py.converters.quantizers.base import (
+    NOT_FINITE,
     Encoded,
     Inputs,
     Settings,
@@ -60,11 +61,11 @@ def quantize_gptq(matrix: MatrixLike, settings: Settings, inputs: Inputs | None)
 
 
 def damped(hessian: Floats) -> NDArray[np.float64]:
-    """``hessian`` [k, k] with a diagonal that makes it positive definite."""
+    """``hessian`` [k, k] with a diagonal that makes it positive definite; ValueError if infinite."""
     result = hessian.astype(np.float64)
     mean = float(result.diagonal().mean())
     if not np.isfinite(mean):
-        raise ValueError("the activations of the calibration text are not finite")
+        raise ValueError(NOT_FINITE)
     result[np.diag_indices_from(result)] += DAMPING * mean if mean > 0 else 1.0
     return result
 
