@@ -36,7 +36,7 @@ class Settings:
     asym: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inputs:
     """What a matrix ``[m, k]`` is multiplied with: ``x`` float32 ``[tokens, k]``."""
 

@@ -10,6 +10,8 @@ it is matrix products, and each group gets its scale when its turn comes.
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,17 +43,17 @@ _CHUNK_ROWS = 256
 
 Floats = NDArray[np.float32]
 
+_solved: WeakKeyDictionary[Inputs, tuple[Floats, Floats]] = WeakKeyDictionary()
+
 
 def quantize_gptq(matrix: MatrixLike, settings: Settings, inputs: Inputs | None) -> QuantTensor:
     """Rounds to the grid with the least squared error of each group, weighted by mean ``x**2``."""
     assert inputs is not None
-    hessian = damped(inputs.hessian)
-    feedback = error_feedback(hessian)
+    feedback, importance = _solve(inputs)
     columns = group_slices(
         matrix.shape[1], resolve_group_size(matrix.shape[1], settings.group_size)
     )
     settled = [_inverse(feedback[c, c]) for c in columns]
-    importance = np.ascontiguousarray(hessian.diagonal(), np.float32)
 
     def encode(w: Floats, _group_size: int) -> Encoded:
         return _encode(w, settings, columns, feedback, settled, importance)
@@ -60,8 +62,17 @@ def quantize_gptq(matrix: MatrixLike, settings: Settings, inputs: Inputs | None)
     return uniform_tensor(encoded, settings.bits, settings.group_size)
 
 
+def _solve(inputs: Inputs) -> tuple[Floats, Floats]:
+    """``U`` and the diagonal of the damped Hessian; matrices with the same inputs share them."""
+    if inputs not in _solved:
+        hessian = damped(inputs.hessian)
+        diagonal = np.ascontiguousarray(hessian.diagonal(), np.float32)
+        _solved[inputs] = error_feedback(hessian), diagonal
+    return _solved[inputs]
+
+
 def damped(hessian: Floats) -> NDArray[np.float64]:
-    """``hessian`` [k, k] with a diagonal that makes it positive definite; ValueError if infinite."""
+    """``hessian`` [k, k], made positive definite. Raises ValueError if it is not finite."""
     result = hessian.astype(np.float64)
     mean = float(result.diagonal().mean())
     if not np.isfinite(mean):
