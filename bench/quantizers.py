@@ -35,11 +35,11 @@ from tmac_py.converters.model_layers import (
     find,
     layers_of,
 )
+from tmac_py.converters.quantizers import METHODS
 from tmac_py.lutfile import LutFile
 from tmac_py.tokenizer import Tokenizer
 
 TEXT = Path(__file__).parents[1] / "tests" / "golden" / "text-short.txt"
-METHODS = ("rtn", "mse", "hqq", "bcq", "awq", "gptq")
 CASES = ((4, 64), (3, 64), (2, 64))
 
 Floats = NDArray[np.float32]
@@ -88,7 +88,7 @@ def run(source: Path, out: Path, args: argparse.Namespace) -> None:
             if options is None:
                 continue
             start = time.perf_counter()
-            calibrated = method in ("gptq", "awq")
+            calibrated = METHODS[method].calibrated
             convert(source, out, quant=method, **options, **(calibration if calibrated else {}))
             seconds = time.perf_counter() - start
             with Model.load(out, tables="exact") as model:

@@ -115,5 +115,5 @@ def _refuse_idle(
     if useless := [name for name in given if name.startswith("calibration") and not looks]:
         raise UnsupportedError(
             f"{source}: {', '.join(useless)} would have no effect: quant {options.quant} looks at "
-            "no activations (gptq and awq do, and target_bpw with a calibration text)"
+            "no activations (bcq, gptq and awq do, and target_bpw with a calibration text)"
         )

@@ -58,7 +58,7 @@ def token_texts(
     if not tokenizer:
         raise UnsupportedError(
             "calibration needs a tokenizer, which this checkpoint lacks "
-            "(rtn, mse, hqq and bcq need none)"
+            "(rtn, mse and hqq need none)"
         )
     vocabulary = Tokenizer(tokenizer, bos_id=config.bos_token_id)
     prompt = vocabulary.encode(text.text)

@@ -203,8 +203,9 @@ class _Conversion:
     def _quantize(
         self, tensor: TensorSource, matrix: MatrixLike, inputs: Inputs | None
     ) -> QuantTensor:
-        method = self._options.method_for(tensor.name)
-        return method.quantize(matrix, self._plan[tensor.name], inputs)
+        method = self._options.method
+        quantize = method.quantize if inputs is not None else method.alone or method.quantize
+        return quantize(matrix, self._plan[tensor.name], inputs)
 
     def _start(self, tensor: TensorSource) -> None:
         if self._progress is not None:

@@ -79,10 +79,6 @@ class QuantOptions:
         """The method for the matrices of the layers."""
         return METHODS[self.quant]
 
-    def method_for(self, name: str) -> Method:
-        """The method for one matrix: those over the vocabulary are not calibrated."""
-        return METHODS["mse"] if name in HEADS and self.method.calibrated else self.method
-
     def bits_of(self, name: str) -> int | None:
         """Bits of the matrix of that name; None where ``target_bpw`` chooses."""
         for pattern, bits in self.bits_for:
@@ -93,10 +89,10 @@ class QuantOptions:
             return given
         return DEFAULT_HEAD_BITS if name in HEADS else DEFAULT_BITS
 
-    def settings(self, name: str, bits: int) -> Settings:
-        """Everything about the matrix of that name, if it gets so many bits."""
+    def settings(self, bits: int) -> Settings:
+        """Everything about a matrix that gets so many bits."""
         asym = bits < MAX_BITS if self.asym is None else self.asym
-        return Settings(bits, self.group_size, asym or self.method_for(name).offsets)
+        return Settings(bits, self.group_size, asym or self.method.offsets)
 
 
 def _check_bits(name: str, value: int) -> None:

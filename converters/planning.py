@@ -42,7 +42,7 @@ def plan_settings(
             )
     if options.target_bpw is not None:
         return _plan_target(checkpoint, options, mean_squares)
-    return {name: options.settings(name, _known(options.bits_of(name))) for name in names}
+    return {name: options.settings(_known(options.bits_of(name))) for name in names}
 
 
 def _known(bits: int | None) -> int:
@@ -69,7 +69,7 @@ def _plan_target(
             assert isinstance(stored, QuantTensor)
             fixed += packed_nbytes(stored.spec)
         elif (bits := options.bits_of(tensor.name)) is not None:
-            plan[tensor.name] = options.settings(tensor.name, bits)
+            plan[tensor.name] = options.settings(bits)
             fixed += _nbytes(tensor, options, bits)
         else:
             with naming_tensor(tensor.name):
@@ -91,7 +91,7 @@ def _plan_target(
             f"scales and offsets included (possible: {least:.3f} to {most:.3f})"
         )
     for name, choice in chosen.items():
-        plan[name] = options.settings(name, choice.bits)
+        plan[name] = options.settings(choice.bits)
     return plan
 
 
@@ -104,7 +104,7 @@ def _choices(
         Choice(
             bits,
             _nbytes(tensor, options, bits),
-            relative_error(matrix, options.settings(tensor.name, bits), mean_square),
+            relative_error(matrix, options.settings(bits), mean_square),
         )
         for bits in range(1, MAX_BITS + 1)
     ]
@@ -112,8 +112,8 @@ def _choices(
 
 def _nbytes(tensor: TensorSource, options: QuantOptions, bits: int) -> int:
     m, k = tensor.shape
-    settings = options.settings(tensor.name, bits)
-    binary = options.method_for(tensor.name).binary and bits <= MAX_BCQ_BITS
+    settings = options.settings(bits)
+    binary = options.method.binary and bits <= MAX_BCQ_BITS
     return packed_nbytes(
         LinearSpec(
             m,

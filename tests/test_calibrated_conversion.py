@@ -72,7 +72,7 @@ def bits_per_weight(path: Path) -> float:
         return sum(entry.nbytes for entry in linears) * 8 / weights
 
 
-@pytest.mark.parametrize("quant", ["gptq", "awq"])
+@pytest.mark.parametrize("quant", ["bcq", "gptq", "awq"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_calibrated_model_is_nearer_than_a_rounded_one(
     quant: str, tied: bool, tmp_path: Path
@@ -101,7 +101,7 @@ def test_equal_bytes_with_any_number_of_threads(
     quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_speaking(tmp_path / "m")
-    given = FEW if quant in ("gptq", "awq") else {}
+    given = {} if quant == "hqq" else FEW
     files = []
     for threads in (1, 2, 5):
         monkeypatch.setattr(parallel, "default_threads", lambda threads=threads: threads)
@@ -147,7 +147,7 @@ def test_the_first_pattern_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", [3.0, 3.9, 5.3])
 def test_the_budget_is_kept(quant: str, target: float, tmp_path: Path) -> None:
     folder = write_speaking(tmp_path / "m", num_hidden_layers=4)
-    given = FEW if quant == "gptq" else {}
+    given = {} if quant == "mse" else FEW
     convert(folder, tmp_path / "m.lut", quant=quant, target_bpw=target, head_bits=4, **given)
     assert 0.99 * target <= bits_per_weight(tmp_path / "m.lut") <= target
     bits = bits_of(tmp_path / "m.lut")

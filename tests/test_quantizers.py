@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tiny_checkpoints import TINY
 from tmac_py.converters.llama_forward import STAGES, Layer, LlamaForward
-from tmac_py.converters.quantizers import METHODS, Inputs, Settings, awq, bcq, gptq, hqq
+from tmac_py.converters.quantizers import METHODS, Inputs, Settings, awq, bcq, feedback, gptq, hqq
 from tmac_py.quant import QuantTensor, encode_groups, quantize_rtn
 
 Floats = NDArray[np.float32]
@@ -105,7 +105,7 @@ def test_gptq_of_independent_inputs_is_rounding(asym: bool) -> None:
         group_size=32,
         asym=asym,
         search="mse",
-        importance=gptq.damped(inputs.hessian).diagonal().astype(np.float32),
+        importance=feedback.damped(inputs.hessian).diagonal().astype(np.float32),
     )
     assert np.array_equal(q.codes, want.codes)
     assert np.array_equal(q.scales, want.scales)
@@ -114,7 +114,7 @@ def test_gptq_of_independent_inputs_is_rounding(asym: bool) -> None:
 def test_gptq_is_the_algorithm_of_the_paper() -> None:
     """Frantar et al., 2022, algorithm 1: with the Cholesky factor of the inverse Hessian."""
     w, inputs, group_size = weights(), correlated(), 48
-    hessian = gptq.damped(inputs.hessian)
+    hessian = feedback.damped(inputs.hessian)
     inverse = np.linalg.cholesky(np.linalg.inv(hessian)).T
     rest = w.astype(np.float64)
     codes = np.empty(w.shape, np.uint8)
@@ -278,9 +278,19 @@ def test_a_stage_with_kept_codes_is_not_scaled() -> None:
     assert all(np.array_equal(folded[name], plain[name]) for name in plain)
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq"])
+@pytest.mark.parametrize("name", ["bcq", "gptq", "awq"])
 def test_activations_that_are_not_finite_are_refused(name: str) -> None:
     inputs = correlated()
     inputs.x[7, 7] = np.inf
     with pytest.raises(ValueError, match="activations of the calibration text"):
         METHODS[name].quantize(weights(), Settings(3, 32, True), inputs)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_bcq_with_inputs_lowers_the_error_of_the_outputs(bits: int) -> None:
+    w, inputs = weights(), correlated()
+    hessian = inputs.x.astype(np.float64).T @ inputs.x
+    settings = Settings(bits, 32, True)
+    error = output_error(w, bcq.quantize_bcq(w, settings, inputs), hessian)
+    assert error < 0.7 * output_error(w, bcq.quantize_bcq(w, settings, None), hessian)
+    assert error < 0.7 * output_error(w, METHODS["mse"].quantize(w, settings, None), hessian)

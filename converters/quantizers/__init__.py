@@ -18,13 +18,15 @@ __all__ = ["METHODS", "Inputs", "Method", "Quantizer", "Settings", "fold_scales"
 class Method:
     """A quantiser and what it needs.
 
-    ``calibrated``: inputs of the matrices; those over the vocabulary are quantised by ``mse``.
+    ``calibrated``: inputs of the matrices; those over the vocabulary have none and
+    are quantised by ``alone``, if it is not the same.
     ``folds``: scales are folded into a layer first. ``offsets``: an offset per group always.
     ``binary``: binary-coded up to 4 bits.
     """
 
     quantize: Quantizer
     calibrated: bool = False
+    alone: Quantizer | None = None
     folds: bool = False
     offsets: bool = False
     binary: bool = False
@@ -34,8 +36,8 @@ METHODS: dict[str, Method] = {
     "rtn": Method(quantize_minmax),
     "mse": Method(quantize_mse),
     "hqq": Method(quantize_hqq, offsets=True),
-    "bcq": Method(quantize_bcq, offsets=True, binary=True),
-    "gptq": Method(quantize_gptq, calibrated=True),
-    "awq": Method(quantize_mse, calibrated=True, folds=True),
+    "bcq": Method(quantize_bcq, calibrated=True, offsets=True, binary=True),
+    "gptq": Method(quantize_gptq, calibrated=True, alone=quantize_mse),
+    "awq": Method(quantize_mse, calibrated=True, alone=quantize_mse, folds=True),
 }
 """Name -> method."""

@@ -6,8 +6,9 @@ of the ``2**bits`` values. Neither step raises the squared error. It starts twic
 over the best range and from the greedy decomposition (signs and mean absolute values of what
 is left, plane by plane), and each group keeps the better end.
 
-Above 4 bits, which the layout does not hold, and where evenly spaced values are as good, matrices
-are quantised as by ``mse``.
+Where the inputs are known, the squared error is weighted by their mean square, and columns make up
+for the errors of those before them as in ``gptq``. Above 4 bits, which the layout does not hold,
+even steps are as good: ``gptq`` or, without inputs, ``mse``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmac_py.converters.quantizers.base import Encoded, Inputs, Settings, encode_rows, to_fp16
+from tmac_py.converters.quantizers.feedback import encode_with_feedback
+from tmac_py.converters.quantizers.gptq import quantize_gptq
 from tmac_py.converters.quantizers.rtn import quantize_mse
 from tmac_py.quant import (
     MAX_BCQ_BITS,
@@ -40,10 +43,41 @@ Floats = NDArray[np.float32]
 
 
 def quantize_bcq(matrix: MatrixLike, settings: Settings, inputs: Inputs | None) -> QuantTensor:
-    """Up to 4 bits binary-coded, with an offset; above as `quantize_mse`."""
-    if settings.bits > MAX_BCQ_BITS:
-        return quantize_mse(matrix, settings, inputs)
+    """Up to 4 bits binary-coded, with an offset; above with even steps."""
+    bits, size = settings.bits, resolve_group_size(matrix.shape[1], settings.group_size)
+    if bits > MAX_BCQ_BITS:
+        even = quantize_mse if inputs is None else quantize_gptq
+        return even(matrix, settings, inputs)
+    if inputs is None:
+        encoded = _encode_alone(matrix, settings)
+    else:
+        encoded = encode_with_feedback(
+            matrix,
+            settings.group_size,
+            inputs,
+            lambda w, importance: _Values(*_encode(w, bits, importance)[1:]),
+        )
+    assert encoded.offsets is not None
+    return bcq_tensor(encoded.codes, encoded.scales, encoded.offsets, group_size=size)
 
+
+class _Values:
+    """The grid of scales ``[bits, r]`` and offsets ``[r]``."""
+
+    def __init__(self, scales: NDArray[np.float16], offsets: NDArray[np.float16]) -> None:
+        self.scales = np.ascontiguousarray(scales.T)
+        self.offsets = offsets
+        solution = np.concatenate([scales, offsets[None]]).astype(np.float32)
+        self._codes, self._values = _sorted_values(solution, len(scales))
+        self._middles = (self._values[:-1] + self._values[1:]) / 2
+
+    def nearest(self, column: Floats) -> tuple[NDArray[np.uint8], Floats]:
+        rank = (column > self._middles).sum(axis=0)[None]
+        codes = np.take_along_axis(self._codes, rank, axis=0)[0]
+        return codes, np.take_along_axis(self._values, rank, axis=0)[0]
+
+
+def _encode_alone(matrix: MatrixLike, settings: Settings) -> Encoded:
     def encode(w: Floats, group_size: int) -> Encoded:
         rows, k = w.shape
         codes = np.empty((rows, k), np.uint8)
@@ -52,49 +86,55 @@ def quantize_bcq(matrix: MatrixLike, settings: Settings, inputs: Inputs | None) 
         for columns, groups in group_blocks(k, group_size):
             n = groups.stop - groups.start
             part = np.ascontiguousarray(w[:, columns].reshape(rows * n, -1).T)
-            c, s, o = _encode(part, settings.bits)
+            c, s, o = _encode(part, settings.bits, None)
             codes[:, columns] = c.T.reshape(rows, -1)
             scales[:, groups] = s.T.reshape(rows, n, -1)
             offsets[:, groups] = o.reshape(rows, n)
         return Encoded(codes, scales, offsets)
 
-    encoded = encode_rows(matrix, settings.group_size, _CHUNK_ELEMENTS, encode)
-    assert encoded.offsets is not None
-    size = resolve_group_size(matrix.shape[1], settings.group_size)
-    return bcq_tensor(encoded.codes, encoded.scales, encoded.offsets, group_size=size)
+    return encode_rows(matrix, settings.group_size, _CHUNK_ELEMENTS, encode)
 
 
 def alternate(
-    w: Floats, codes: NDArray[np.uint8], bits: int
+    w: Floats, codes: NDArray[np.uint8], bits: int, importance: Floats | None = None
 ) -> Iterator[tuple[NDArray[np.uint8], Floats]]:
     """The alternating optimisation of groups w [n, g] from ``codes`` [n, g], without end.
 
+    ``importance`` [n] (default: 1) weighs the squared errors.
     Yields codes, scales and offset [bits + 1, g]: first the best ones for ``codes``.
     """
     while True:
-        solution = _least_squares(w, codes, bits)
+        solution = _least_squares(w, codes, bits, importance)
         yield codes, solution
         codes = _nearest(w, solution, bits)
 
 
-def squared_error(w: Floats, codes: NDArray[np.uint8], solution: Floats, bits: int) -> Floats:
+def squared_error(
+    w: Floats,
+    codes: NDArray[np.uint8],
+    solution: Floats,
+    bits: int,
+    importance: Floats | None = None,
+) -> Floats:
     """Of each group, [g]."""
     rest = w - solution[bits]
     for plane in range(bits):
         rest -= _signs(codes, plane) * solution[plane]
-    return np.asarray(np.einsum("ng,ng->g", rest, rest))
+    if importance is None:
+        return np.asarray(np.einsum("ng,ng->g", rest, rest))
+    return np.asarray(np.einsum("ng,ng,n->g", rest, rest, importance))
 
 
 def _encode(
-    w: Floats, bits: int
+    w: Floats, bits: int, importance: Floats | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
     """Codes [n, g], scales [bits, g] and offsets [g] of the groups w [n, g]."""
     kept: tuple[NDArray[np.uint8], Floats, Floats] | None = None
     for start in (_evenly_spaced(w, bits), _greedy(w, bits)):
-        _, solution = next(islice(alternate(w, start, bits), ITERATIONS, None))
+        _, solution = next(islice(alternate(w, start, bits, importance), ITERATIONS, None))
         rounded = to_fp16(solution, "scale").astype(np.float32)
         codes = _nearest(w, rounded, bits)
-        error = squared_error(w, codes, rounded, bits)
+        error = squared_error(w, codes, rounded, bits, importance)
         if kept is None:
             kept = codes, rounded, error
             continue
@@ -130,19 +170,23 @@ def _signs(codes: NDArray[np.uint8], plane: int) -> Floats:
     return np.asarray(signs)
 
 
-def _least_squares(w: Floats, codes: NDArray[np.uint8], bits: int) -> Floats:
+def _least_squares(
+    w: Floats, codes: NDArray[np.uint8], bits: int, importance: Floats | None
+) -> Floats:
     """Scales and offset [bits + 1, g] of the least squared error for these codes."""
+    weight = np.ones((len(w), 1), np.float32) if importance is None else importance[:, None]
     basis = [*(_signs(codes, plane) for plane in range(bits)), None]  # None: ones
     normal = np.empty((bits + 1, bits + 1, w.shape[1]))
     right = np.empty((bits + 1, w.shape[1]))
     for i, b in enumerate(basis):
-        right[i] = (w if b is None else w * b).sum(axis=0)
+        weighted = weight if b is None else weight * b
+        right[i] = (w * weighted).sum(axis=0)
         for j, other in enumerate(basis[i:], i):
             if i == j:
-                normal[i, i] = len(w) * (1 + _RIDGE)
+                normal[i, i] = weight.sum() * (1 + _RIDGE)
             else:
-                assert b is not None
-                normal[i, j] = normal[j, i] = (b if other is None else b * other).sum(axis=0)
+                product = weighted if other is None else weighted * other
+                normal[i, j] = normal[j, i] = product.sum(axis=0)
     return _solve(normal, right).astype(np.float32)
 
 
@@ -163,12 +207,18 @@ def _solve(a: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64
 
 def _nearest(w: Floats, solution: Floats, bits: int) -> NDArray[np.uint8]:
     """Codes [n, g] of the nearest of the values of each group."""
+    order, values = _sorted_values(solution, bits)
+    rank = np.zeros(w.shape, np.uint8)
+    for low, high in pairwise(values):
+        rank += w > (low + high) / 2
+    return np.take_along_axis(order, rank, axis=0)
+
+
+def _sorted_values(solution: Floats, bits: int) -> tuple[NDArray[np.uint8], Floats]:
+    """Codes and values [2**bits, g] of each group, in order of the values."""
     values = np.repeat(solution[bits][None], 1 << bits, axis=0)
     for plane in range(bits):
         values += _signs(np.arange(1 << bits, dtype=np.uint8)[:, None], plane) * solution[plane]
     order = values.argsort(axis=0, kind="stable").astype(np.uint8)
     values.sort(axis=0)
-    rank = np.zeros(w.shape, np.uint8)
-    for low, high in pairwise(values):
-        rank += w > (low + high) / 2
-    return np.take_along_axis(order, rank, axis=0)
+    return order, values

@@ -18,7 +18,7 @@ METHODS = {
     "rtn": "rounding over the range of each group",
     "mse": "rounding over the range with the least squared error",
     "hqq": "half-quadratic: offsets that care less about outliers",
-    "bcq": "binary-coded up to 4 bits: a scale for every bit",
+    "bcq": "calibrated: as gptq, but binary-coded up to 4 bits, with a scale for every bit",
     "gptq": "calibrated: later columns make up for the errors of earlier ones (slow, good)",
     "awq": "calibrated: columns that meet large activations are scaled up (slow, good)",
 }
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dense.add_argument(
         "--calibration",
         metavar="FILE",
-        help="text in UTF-8 for gptq, awq and --target-bpw, like what the model will read "
+        help="text in UTF-8 for bcq, gptq, awq and --target-bpw, like what the model will read "
         "(default: a text that comes along; --target-bpw of other methods: none)",
     )
     dense.add_argument(
