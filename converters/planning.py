@@ -9,9 +9,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from tmac_py.config import ModelConfig
 from tmac_py.converters.allocation import Choice, allocate, relative_error
-from tmac_py.converters.checkpoint import Checkpoint, TensorSource
-from tmac_py.converters.model_layers import naming_tensor
+from tmac_py.converters.checkpoint import HEADS, Checkpoint, TensorSource
+from tmac_py.converters.model_layers import EMBEDDING, naming_tensor
 from tmac_py.converters.options import QuantOptions
 from tmac_py.converters.quantizers import Settings
 from tmac_py.errors import UnsupportedError
@@ -73,7 +74,8 @@ def _plan_target(
             fixed += _nbytes(tensor, options, bits)
         else:
             with naming_tensor(tensor.name):
-                choices[tensor.name] = _choices(tensor, options, mean_squares.get(tensor.name))
+                mean_square = mean_squares.get(tensor.name)
+                choices[tensor.name] = _choices(tensor, options, mean_square, checkpoint.config)
     if not choices:
         raise UnsupportedError(
             "target_bpw would have no effect: the bits of all matrices are given"
@@ -96,18 +98,26 @@ def _plan_target(
 
 
 def _choices(
-    tensor: TensorSource, options: QuantOptions, mean_square: NDArray[np.float32] | None
+    tensor: TensorSource,
+    options: QuantOptions,
+    mean_square: NDArray[np.float32] | None,
+    config: ModelConfig,
 ) -> list[Choice]:
+    """How much a relative error counts: each of n layers adds about one part in n to the hidden
+    state, and all of it passes through the embedding, whose rows are used as they are, and through
+    lm_head; a matrix that is both counts twice."""
     matrix = tensor.load()
     assert not isinstance(matrix, QuantTensor)
-    return [
-        Choice(
-            bits,
-            _nbytes(tensor, options, bits),
-            relative_error(matrix, options.settings(bits), mean_square),
-        )
-        for bits in range(1, MAX_BITS + 1)
-    ]
+    seen: list[NDArray[np.float32] | None] = [None] if tensor.name == EMBEDDING else [mean_square]
+    if tensor.name == EMBEDDING and config.tie_word_embeddings:
+        seen.append(mean_square)
+    weight = config.num_hidden_layers if tensor.name in HEADS else 1
+    choices = []
+    for bits in range(1, MAX_BITS + 1):
+        settings = options.settings(bits)
+        error = weight * sum(relative_error(matrix, settings, x) for x in seen)
+        choices.append(Choice(bits, _nbytes(tensor, options, bits), error))
+    return choices
 
 
 def _nbytes(tensor: TensorSource, options: QuantOptions, bits: int) -> int:
