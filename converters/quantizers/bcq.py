@@ -68,13 +68,17 @@ class _Values:
         self.scales = np.ascontiguousarray(scales.T)
         self.offsets = offsets
         solution = np.concatenate([scales, offsets[None]]).astype(np.float32)
-        self._codes, self._values = _sorted_values(solution, len(scales))
-        self._middles = (self._values[:-1] + self._values[1:]) / 2
+        codes, values = _sorted_values(solution, len(scales))
+        self._codes, self._values = codes.reshape(-1), values.reshape(-1)
+        self._middles = (values[:-1] + values[1:]) / 2
+        self._rows = np.arange(len(offsets))
 
     def nearest(self, column: Floats) -> tuple[NDArray[np.uint8], Floats]:
-        rank = (column > self._middles).sum(axis=0)[None]
-        codes = np.take_along_axis(self._codes, rank, axis=0)[0]
-        return codes, np.take_along_axis(self._values, rank, axis=0)[0]
+        rank = np.zeros(len(column), np.uint8)
+        for middle in self._middles:
+            rank += column > middle
+        place = rank * np.intp(len(column)) + self._rows
+        return self._codes[place], self._values[place]
 
 
 def _encode_alone(matrix: MatrixLike, settings: Settings) -> Encoded:
