@@ -56,8 +56,8 @@ def main() -> None:
     parser.add_argument(
         "--cases",
         default=",".join(f"{bits}x{group}" for bits, group in CASES),
-        help="BITSxGROUP with an offset per group, BITSxGROUPs without; 0 bits per weight and more "
-        "as target_bpw: bpw3.5x64 (default: %(default)s)",
+        help="BITSxGROUP with an offset per group, BITSxGROUPs without; bpwXxGROUP for a "
+        "target_bpw of X (default: %(default)s)",
     )
     parser.add_argument("--calibration", type=Path, help="text file (default: the one shipped)")
     parser.add_argument("--calibration-tokens", type=int)
