@@ -27,6 +27,7 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
         "tmac_py.lutwriter",
         "tmac_py.machine",
         "tmac_py.packing",
+        "tmac_py.parallel",
         "tmac_py.pool",
         "tmac_py.quant",
         "tmac_py.rope",

@@ -126,7 +126,10 @@ def test_options_that_nothing_would_heed_are_refused(tmp_path: Path) -> None:
         {"head_bits": 4},
         {"group_size": 64},
         {"asym": True},
-        {"search": "mse"},
+        {"quant": "mse"},
+        {"bits_for": [("down_proj", 3)]},
+        {"target_bpw": 4.0},
+        {"calibration": "text.txt"},
     ]
     for options in idle:
         with pytest.raises(UnsupportedError, match=f"{next(iter(options))} would have no effect"):

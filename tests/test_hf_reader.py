@@ -57,8 +57,8 @@ def test_weights_arrive_exactly(tmp_path: Path, dtype: str, shards: int) -> None
 
 def test_a_folder_becomes_a_lut(tmp_path: Path) -> None:
     one, many = folder(tmp_path / "a" / "m"), folder(tmp_path / "b" / "m", shards=4)
-    convert(one, tmp_path / "one.lut", bits=2, group_size=-1, search="minmax", asym=False)
-    convert(many, tmp_path / "many.lut", bits=2, group_size=-1, search="minmax", asym=False)
+    convert(one, tmp_path / "one.lut", bits=2, group_size=-1, quant="rtn", asym=False)
+    convert(many, tmp_path / "many.lut", bits=2, group_size=-1, quant="rtn", asym=False)
     assert (tmp_path / "one.lut").read_bytes() == (tmp_path / "many.lut").read_bytes()
     with LutFile.open(tmp_path / "one.lut") as file:
         _, spec = file.linear("model.layers.1.mlp.down_proj.weight")

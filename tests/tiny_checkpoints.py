@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from tiny_vocab import byte_level_json
 from tmac_py.config import ModelConfig
 from tmac_py.converters.quantization_config import format_of
 from tmac_py.converters.safetensors_file import read_header
@@ -305,4 +306,17 @@ def write_hf(
         weight_map.update(dict.fromkeys(part, file))
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+SPEAKING = replace(TINY, vocab_size=400)
+
+
+def write_speaking(
+    folder: Path, weights: dict[str, NDArray[np.float32]] | None = None, **changes: Any
+) -> Path:
+    """A Hugging Face folder of ``SPEAKING`` with a tokenizer; ``changes`` to its configuration."""
+    config = replace(SPEAKING, **changes)
+    write_hf(folder, random_weights(config) if weights is None else weights, hf_config(config))
+    (folder / "tokenizer.json").write_bytes(byte_level_json())
     return folder

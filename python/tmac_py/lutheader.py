@@ -32,7 +32,8 @@ _CHECKSUM = re.compile(r"[0-9a-f]{32}")
 _VERSION = re.compile(r"[0-9]{1,9}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _METADATA_KEYS = ("tmac.config", "tmac.tensors", "tmac.source", "tmac.header")
-_ROW_TILE = 32
+ROW_TILE = 32
+"""Rows of a packed matrix that lie together."""
 _CHUNK = 8
 _TERNARY_CHUNK = 24
 
@@ -78,9 +79,9 @@ def packed_nbytes(spec: LinearSpec) -> int:
     scales = 0 if spec.scale is not None else spec.bits if spec.encoding == "bcq" else 1
     constants = scales + (spec.offset_kind != "none")
     codes = full_groups * _row_bytes(spec, spec.group_size) + _row_bytes(spec, ragged)
-    tile = codes * _ROW_TILE + n_groups * constants * 2 * _ROW_TILE
+    tile = codes * ROW_TILE + n_groups * constants * 2 * ROW_TILE
     padding = 0 if spec.scale is None else ALIGNMENT
-    return -(-spec.m // _ROW_TILE) * _round_up(tile) + padding
+    return -(-spec.m // ROW_TILE) * _round_up(tile) + padding
 
 
 def _row_bytes(spec: LinearSpec, n: int) -> int:

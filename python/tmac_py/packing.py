@@ -6,8 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmac_py import _core
+from tmac_py.lutheader import ROW_TILE
+from tmac_py.parallel import map_threads
 from tmac_py.quant import QuantTensor
 from tmac_py.spec import LinearSpec
+
+_CHUNK_ELEMENTS = 1 << 20
+"""Weights that one thread packs at once."""
 
 
 def pack(q: QuantTensor) -> NDArray[np.uint8]:
@@ -15,10 +20,22 @@ def pack(q: QuantTensor) -> NDArray[np.uint8]:
 
     ``q.order`` is not part of it.
     """
+    if q.scale is not None:  # such a matrix has an end of its own
+        return _pack_rows(q, slice(0, q.m))
+    return np.concatenate(map_threads(lambda rows: _pack_rows(q, rows), _tiles(q)))
+
+
+def _tiles(q: QuantTensor) -> list[slice]:
+    """Runs of whole tiles, which follow each other in the file."""
+    step = max(1, _CHUNK_ELEMENTS // (q.k * ROW_TILE)) * ROW_TILE
+    return [slice(start, start + step) for start in range(0, q.m, step)]
+
+
+def _pack_rows(q: QuantTensor, rows: slice) -> NDArray[np.uint8]:
     return _core.pack(
-        q.codes,
-        q.scales,
-        q.offsets,
+        q.codes[rows],
+        None if q.scales is None else q.scales[rows],
+        None if q.offsets is None else q.offsets[rows],
         bits=q.bits,
         group_size=q.group_size,
         offset_kind=q.offset_kind,

@@ -12,6 +12,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from tmac_py.parallel import map_threads
 from tmac_py.spec import LAYOUTS, Encoding, LinearSpec, OffsetKind
 
 Search = Literal["minmax", "mse"]
@@ -203,6 +204,7 @@ def quantize_rtn(
     group_size: int,
     asym: bool = False,
     search: Search = "minmax",
+    importance: NDArray[np.float32] | None = None,
 ) -> QuantTensor:
     """Round a float matrix ``[m, k]`` to the nearest codes, group by group.
 
@@ -210,10 +212,11 @@ def quantize_rtn(
     (``offset_kind "none"``) use codes around ``2**(bits-1)`` (0.5 for one bit), and the sign of the
     scale puts the larger side on the code that has one step more. ``asym`` stores an offset per
     group instead. ``search="mse"`` also tries shrunken ranges and keeps, per group, the smallest
-    squared error. ``group_size`` is a multiple of 4, or -1 for the whole row.
+    squared error, in which ``importance`` ``[k]`` (default: 1) is the weight of each column.
+    ``group_size`` is a multiple of 4, or -1 for the whole row.
 
-    Rows are worked on in chunks, so that ``w`` may be a lazy matrix larger than memory.
-    Raises ValueError for bad options, weights that are not finite, and fp16 overflow.
+    Rows are worked on in chunks, several at a time, so that ``w`` may be a lazy matrix larger than
+    memory. Raises ValueError for bad options, weights that are not finite, and fp16 overflow.
     """
     if len(w.shape) != 2 or 0 in w.shape:
         raise ValueError(f"shape {list(w.shape)}: a matrix [m, k] is needed")
@@ -227,16 +230,19 @@ def quantize_rtn(
     codes = np.empty((m, k), np.uint8)
     scales = np.empty((m, n_groups), np.float16)
     offsets = np.empty((m, n_groups), np.float16) if asym else None
-    fractions = _fractions(bits, search)
-    for rows in row_chunks(m, k, _CHUNK_ELEMENTS):
+
+    def encode(rows: slice) -> None:
         chunk = np.ascontiguousarray(w[rows], dtype=np.float32)
-        for columns, groups in _group_blocks(k, group_size):
+        for columns, groups in group_blocks(k, group_size):
             g = chunk[:, columns].reshape(chunk.shape[0], groups.stop - groups.start, -1)
-            c, s, o = _encode(g, bits, asym, fractions)
+            weight = None if importance is None else importance[columns].reshape(g.shape[1:])
+            c, s, o = encode_groups(g, bits, asym, search, weight)
             codes[rows, columns] = c.reshape(chunk.shape[0], -1)
             scales[rows, groups] = s
             if offsets is not None:
                 offsets[rows, groups] = o
+
+    map_threads(encode, row_chunks(m, k, _CHUNK_ELEMENTS))
     zero = 0.0 if asym else symmetric_zero(bits)
     kind: OffsetKind = "offset" if asym else "none"
     return QuantTensor(codes, scales, offsets, bits, group_size, kind, zero)
@@ -323,7 +329,7 @@ def _fractions(bits: int, search: Search) -> list[float]:
     return [float(f) for f in np.linspace(1.0, smallest, count)]
 
 
-def _group_blocks(k: int, group_size: int) -> Iterator[tuple[slice, slice]]:
+def group_blocks(k: int, group_size: int) -> Iterator[tuple[slice, slice]]:
     """(columns, groups) of the full groups, then of the ragged last one."""
     full = k // group_size
     if full:
@@ -332,10 +338,19 @@ def _group_blocks(k: int, group_size: int) -> Iterator[tuple[slice, slice]]:
         yield slice(full * group_size, k), slice(full, full + 1)
 
 
-def _encode(
-    w: NDArray[np.float32], bits: int, asym: bool, fractions: list[float]
+def encode_groups(
+    w: NDArray[np.float32],
+    bits: int,
+    asym: bool,
+    search: Search,
+    importance: NDArray[np.float32] | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
-    """Codes [r, g, n], scales [r, g] and offsets [r, g] (symmetric: unused) of w [r, g, n]."""
+    """Codes [r, g, n], scales [r, g] and offsets [r, g] (symmetric: zeros) of w [r, g, n].
+
+    See `quantize_rtn`; ``importance`` is [g, n]. Raises ValueError for weights that are not finite
+    and for fp16 overflow.
+    """
+    fractions = _fractions(bits, search)
     low, high = w.min(axis=2), w.max(axis=2)  # [r, g]
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise ValueError("weights are not finite")
@@ -352,7 +367,7 @@ def _encode(
         if len(fractions) == 1:
             best = q, s, o
             break
-        error = _squared_error(w, q, s, o, bits, asym)
+        error = _squared_error(w, q, s, o, bits, asym, importance)
         if best is None:
             best, best_error = (q, s, o), error
             continue
@@ -419,11 +434,16 @@ def _squared_error(
     o: NDArray[np.float16],
     bits: int,
     asym: bool,
+    importance: NDArray[np.float32] | None,
 ) -> NDArray[np.float32]:
     zero = np.float32(0 if asym else symmetric_zero(bits))
     d = (q - zero) * s.astype(np.float32)[..., None]
     d -= w
     if asym:
         d += o.astype(np.float32)[..., None]
-    error: NDArray[np.float32] = np.einsum("rgn,rgn->rg", d, d)
+    error: NDArray[np.float32]
+    if importance is None:
+        error = np.einsum("rgn,rgn->rg", d, d)
+    else:
+        error = np.einsum("rgn,rgn,gn->rg", d, d, importance)
     return error

@@ -14,6 +14,16 @@ from tqdm import tqdm
 from tmac_py.cli.tables import format_bytes
 from tmac_py.errors import TmacError
 
+METHODS = {
+    "rtn": "rounding over the range of each group",
+    "mse": "rounding over the range with the least squared error",
+    "hqq": "half-quadratic: offsets that care less about outliers",
+    "bcq": "calibrated: as gptq, but binary-coded up to 4 bits, with a scale for every bit",
+    "gptq": "calibrated: later columns make up for the errors of earlier ones (slow, good)",
+    "awq": "calibrated: columns that meet large activations are scaled up (slow, good)",
+}
+"""What ``--quant`` takes, and a word about each."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``tmac convert``."""
@@ -27,9 +37,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dense = parser.add_argument_group(
         "quantisation", "of matrices that SOURCE stores as floats; codes it stores are always kept"
     )
+    dense.add_argument(
+        "--quant",
+        choices=tuple(METHODS),
+        help="method (default: mse): "
+        + "; ".join(f"{name}, {text}" for name, text in METHODS.items()),
+    )
     dense.add_argument("--bits", type=int, metavar="N", help="bits per weight, 1 to 8 (default: 4)")
     dense.add_argument(
+        "--bits-for",
+        type=_pattern_bits,
+        action="append",
+        metavar="REGEX=N",
+        help="bits of the matrices whose names hold REGEX; repeatable, the first that fits counts "
+        "('down_proj|v_proj=6')",
+    )
+    dense.add_argument(
         "--head-bits", type=int, metavar="N", help="bits of embedding and lm_head (default: 8)"
+    )
+    dense.add_argument(
+        "--target-bpw",
+        type=float,
+        metavar="X",
+        help="choose the bits of each matrix by measured error, so that all matrices of the file, "
+        "embedding, lm_head, scales and offsets included, have at most X bits per weight and at "
+        "least 99%% of that",
     )
     dense.add_argument(
         "--group-size",
@@ -40,13 +72,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dense.add_argument(
         "--asym",
         action=argparse.BooleanOptionalAction,
-        help="store an offset per group (default: below 8 bits)",
+        help="store an offset per group (default: below 8 bits; hqq and bcq: always)",
     )
     dense.add_argument(
-        "--search",
-        choices=("minmax", "mse"),
-        help="range of a group: its smallest and largest weight, or the one with the least mean "
-        "squared error (default: mse)",
+        "--calibration",
+        metavar="FILE",
+        help="text in UTF-8 for bcq, gptq, awq and --target-bpw, like what the model will read "
+        "(default: a text that comes along; --target-bpw of other methods: none)",
+    )
+    dense.add_argument(
+        "--calibration-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of it that are used (default: 8192, as far as there are so many)",
     )
     parser.add_argument(
         "--lora", metavar="FOLDER", help="merge this LoRA adapter (peft) into SOURCE first"
@@ -69,13 +107,17 @@ def execute(args: argparse.Namespace) -> int:
         convert(
             args.source,
             out,
+            quant=args.quant,
             bits=args.bits,
+            bits_for=args.bits_for,
+            head_bits=args.head_bits,
             group_size=args.group_size,
             asym=args.asym,
-            search=args.search,
-            head_bits=args.head_bits,
             requantize=args.requantize,
             lora=args.lora,
+            target_bpw=args.target_bpw,
+            calibration=args.calibration,
+            calibration_tokens=args.calibration_tokens,
             progress=progress,
             warn=progress.warn,
         )
@@ -83,6 +125,13 @@ def execute(args: argparse.Namespace) -> int:
         seconds = time.perf_counter() - start
         print(f"{_summary(out)}, {seconds:.1f} s", file=sys.stderr)
     return 0
+
+
+def _pattern_bits(text: str) -> tuple[str, int]:
+    pattern, equals, bits = text.rpartition("=")
+    if not equals or not pattern or not bits.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be REGEX=BITS, as in 'down_proj=6'")
+    return pattern, int(bits)
 
 
 def _out_path(args: argparse.Namespace) -> Path:

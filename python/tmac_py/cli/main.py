@@ -51,6 +51,12 @@ COMMANDS = (
         (
             "tmac convert model.Q4_1.gguf model.lut",
             "tmac convert ./SmolLM2-135M-Instruct model.lut --bits 4 --group-size 64",
+            "tmac convert ./SmolLM2-135M-Instruct model.lut --quant rtn --bits 8 --no-asym",
+            "tmac convert ./SmolLM2-135M-Instruct model.lut --quant mse --bits-for down_proj=6",
+            "tmac convert ./SmolLM2-135M-Instruct model.lut --quant hqq --bits 4 --head-bits 6",
+            "tmac convert ./SmolLM2-135M-Instruct model.lut --quant bcq --bits 2 --group-size 64",
+            "tmac convert ./SmolLM2-135M-Instruct model.lut --quant gptq --target-bpw 4.5",
+            "tmac convert ./SmolLM2-135M-Instruct model.lut --quant awq --calibration-tokens 2048",
         ),
     ),
     Command(

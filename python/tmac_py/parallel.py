@@ -1,0 +1,43 @@
+"""NumPy work on all cores, in pieces whose results do not depend on how many cores there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from threadpoolctl import threadpool_limits
+
+from tmac_py.machine import default_threads
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """``[function(item) for item in items]``, several at a time: NumPy releases the GIL.
+
+    The first exception is raised after the pieces under way have ended.
+    """
+    work = list(items)
+    threads = min(default_threads(), len(work))
+    if threads <= 1:
+        return [function(item) for item in work]
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            return list(pool.map(function, work))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def single_threaded_blas() -> Iterator[None]:
+    """Keep BLAS, of the whole process, to the calling thread.
+
+    How it splits a product moves the last bits; with pieces of fixed size in `map_threads` the
+    cores are busy all the same.
+    """
+    with threadpool_limits(1, "blas"):
+        yield
