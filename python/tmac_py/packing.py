@@ -44,6 +44,50 @@ def _pack_rows(q: QuantTensor, rows: slice) -> NDArray[np.uint8]:
     )
 
 
+def unpack_rows(
+    packed: NDArray[np.uint8],
+    spec: LinearSpec,
+    rows: slice,
+    *,
+    order: NDArray[np.int32] | None = None,
+) -> QuantTensor:
+    """Rows ``[rows.start, rows.stop)`` of a packed matrix, as they were before ``pack``.
+
+    Reads no more than the tiles that hold them, but a matrix with one scale as a whole. ValueError
+    where bytes and ``spec`` do not fit together.
+    """
+    first, last = rows.start // ROW_TILE * ROW_TILE, -(-rows.stop // ROW_TILE) * ROW_TILE
+    if spec.scale is not None:  # such a matrix has an end of its own
+        first, last = 0, -(-spec.m // ROW_TILE) * ROW_TILE
+    else:
+        n_tiles = -(-spec.m // ROW_TILE)
+        tile_bytes = len(packed) // n_tiles
+        packed = packed[first // ROW_TILE * tile_bytes : last // ROW_TILE * tile_bytes]
+    codes, scales, offsets = _core.unpack(
+        packed,
+        m=min(last, spec.m) - first,
+        k=spec.k,
+        bits=spec.bits,
+        group_size=spec.group_size,
+        offset_kind=spec.offset_kind,
+        encoding=spec.encoding,
+        scale=spec.scale,
+    )
+    wanted = slice(rows.start - first, rows.stop - first)
+    return QuantTensor(
+        codes=codes[wanted],
+        scales=None if scales is None else scales[wanted],
+        offsets=None if offsets is None else offsets[wanted],
+        bits=spec.bits,
+        group_size=spec.group_size,
+        offset_kind=spec.offset_kind,
+        zero=spec.zero,
+        encoding=spec.encoding,
+        scale=spec.scale,
+        order=order,
+    )
+
+
 def open_linear(
     packed: NDArray[np.uint8], spec: LinearSpec, order: NDArray[np.int32] | None = None
 ) -> _core.Linear:

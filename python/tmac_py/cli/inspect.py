@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument(
+        "--diff",
+        metavar="OTHER",
+        help="print where MODEL differs from this one instead, and by how much its weights do; "
+        "exit status 1 if it does",
+    )
+    parser.add_argument(
         "--no-check", action="store_true", help="do not read the tensors to verify their checksums"
     )
     parser.add_argument(
@@ -42,6 +48,15 @@ def execute(args: argparse.Namespace) -> int:
     from tmac_py.lutfile import LutFile
 
     path = find_model(args.model, cache_dir=args.cache_dir)
+    if args.diff is not None:
+        from tmac_py.cli.diff import compare, report
+
+        other = find_model(args.diff, cache_dir=args.cache_dir)
+        check = not args.no_check
+        with LutFile.open(other, check=check) as first, LutFile.open(path, check=check) as second:
+            differences = compare(first, second)
+        print(json.dumps(differences, indent=2) if args.json else report(differences))
+        return 1 if differences else 0
     with LutFile.open(path, check=not args.no_check) as file:
         info = collect(file, checked=not args.no_check, tensors=args.tensors)
         print(json.dumps(info, indent=2) if args.json else _report(file, info))
