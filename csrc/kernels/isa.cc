@@ -26,6 +26,7 @@ namespace {
 #include "kernels/quantize_rows.inl"
 #include "kernels/unpack_tile.inl"
 #include "kernels/unpack_ternary.inl"
+#include "kernels/multiply_row_block.inl"
 #include "kernels/multiply_rows.inl"
 #include "kernels/vector_ops.inl"
 // clang-format on

@@ -337,7 +337,7 @@ struct Avx2 {
     write_two(_mm256_unpackhi_epi32(lower, upper), 2);
   }
 
-  // Products of unpacked codes (kernels/multiply_rows.inl).
+  // Products of unpacked codes (kernels/multiply_row_block.inl).
 
   static I set_i(int32_t x) { return _mm256_set1_epi32(x); }
   static I add_i(I a, I b) { return _mm256_add_epi32(a, b); }

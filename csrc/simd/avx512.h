@@ -371,7 +371,7 @@ struct Avx512 {
   static void prefetch(const uint8_t* p) { Avx2::prefetch(p); }
   static void prefetch_near(const uint8_t* p) { Avx2::prefetch_near(p); }
 
-  // Products of unpacked codes (kernels/multiply_rows.inl).
+  // Products of unpacked codes (kernels/multiply_row_block.inl).
 
   static I set_i(int32_t x) { return _mm512_set1_epi32(x); }
   static I add_i(I a, I b) { return _mm512_add_epi32(a, b); }

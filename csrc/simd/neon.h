@@ -267,7 +267,7 @@ struct Neon {
     Scalar::write_tables(entries, out);
   }
 
-  // Products of unpacked codes (kernels/multiply_rows.inl).
+  // Products of unpacked codes (kernels/multiply_row_block.inl).
 
   static I set_i(int32_t x) { return vdupq_n_s32(x); }
   static I add_i(I a, I b) { return vaddq_s32(a, b); }

@@ -312,7 +312,7 @@ struct Scalar {
     }
   }
 
-  // Products of unpacked codes (kernels/multiply_rows.inl).
+  // Products of unpacked codes (kernels/multiply_row_block.inl).
 
   template <typename Operation>
   static I each(const I& a, const I& b, const Operation& operation) {

@@ -7,7 +7,7 @@
 
 // Dot products of unpacked codes u of kBits bits with int8 activations q, |q| <= 127, for the
 // vectors V of the x86 instruction sets: each lane of 32 bits adds up R of one row, centred or not
-// (kernels/multiply_rows.inl). The names are described in simd/README.md.
+// (kernels/multiply_row_block.inl). The names are described in simd/README.md.
 namespace tmac {
 namespace {
 
