@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from tmac_py.converters import gguf, huggingface
-from tmac_py.converters.checkpoint import HEADS, Checkpoint, Reader, listed, naming
+from tmac_py.converters.checkpoint import HEADS, PICKLES, Checkpoint, Reader, listed, naming
 from tmac_py.converters.conversion import Progress, convert_checkpoint, needs_calibration
+from tmac_py.converters.hub import SCHEME, fetch, parse_id
 from tmac_py.converters.lora import merge_lora
 from tmac_py.converters.options import QuantOptions
 from tmac_py.errors import ModelFileError, UnsupportedError
@@ -27,21 +29,27 @@ __all__ = [
 READERS: tuple[Reader, ...] = (cast(Reader, gguf), cast(Reader, huggingface))
 """Readers in the order they are asked."""
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, quiet: bool = True) -> Checkpoint:
     """Find the reader for ``source`` and read everything but the weights.
+
+    ``source`` is a path, or else the name of a repository on the Hugging Face hub
+    (`tmac_py.converters.hub.parse_id`), whose files are fetched into the hub's cache; ``quiet``
+    without bars.
 
     Raises ModelFileError for a missing or broken source, UnsupportedError for one of another kind.
     """
     path = Path(source)
+    if not path.exists() and (hub_id := parse_id(str(source))) is not None:
+        path, name = fetch(hub_id, quiet=quiet)
+        checkpoint = open_checkpoint(path)
+        return replace(checkpoint, source={**checkpoint.source, "file": name})
     if not path.exists():
         raise ModelFileError(f"{path}: no such file or folder")
     for reader in READERS:
         if reader.detect(path):
             return reader.read(path)
-    if path.suffix in _PICKLES:
+    if path.suffix in PICKLES:
         raise UnsupportedError(
             f"{path}: a pickle, which can run code when it is opened; safetensors or GGUF is needed"
         )
@@ -68,7 +76,7 @@ def convert(
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> None:
-    """Convert a GGUF file or a Hugging Face folder to a .lut file, replacing ``out``.
+    """Convert a GGUF file, a Hugging Face folder or one on the hub to a .lut file at ``out``.
 
     The options are for matrices stored as floats (None: the defaults of QuantOptions); a source
     without such matrices refuses them. ``requantize`` dequantises matrices in types whose codes a
@@ -97,8 +105,9 @@ def convert(
         if value is not None
     }
     options = QuantOptions(**given)
-    checkpoint = open_checkpoint(source)
-    with naming(Path(source)):
+    checkpoint = open_checkpoint(source, quiet=progress is None)
+    where = source if str(source).startswith(SCHEME) else Path(source)
+    with naming(where):
         checkpoint.config.check_runnable()
     if lora is not None:
         checkpoint = merge_lora(checkpoint, Path(lora))
@@ -107,7 +116,7 @@ def convert(
     if warn is not None:
         for text in checkpoint.warnings:
             warn(text)
-    with naming(Path(source)):
+    with naming(where):
         convert_checkpoint(checkpoint, out, options, progress=progress)
 
 

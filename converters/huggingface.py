@@ -12,6 +12,7 @@ from tmac_py.config import ModelConfig
 from tmac_py.converters.bitnet import master_formats
 from tmac_py.converters.checkpoint import (
     NO_TOKENIZER,
+    PICKLES,
     Checkpoint,
     Shape,
     TensorSource,
@@ -161,7 +162,7 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
         only = list(path.glob("*.safetensors"))
         if len(only) == 1:  # of a name of its own, as AutoGPTQ gives it
             return read_header(only[0])
-        pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
         if pickles:
             raise UnsupportedError(
                 f"{path}: {pickles[0]} is a pickle, which can run code when it is opened; "

@@ -1,4 +1,4 @@
-"""``tmac convert``: a GGUF file or a Hugging Face folder becomes a .lut file."""
+"""``tmac convert``: a checkpoint, on the disk or on the Hugging Face hub, becomes a .lut file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ METHODS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``tmac convert``."""
-    parser.add_argument("source", metavar="SOURCE", help="GGUF file or Hugging Face folder")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="GGUF file, Hugging Face folder, or ORG/NAME on the Hugging Face hub: "
+        "ORG/NAME@REVISION for another revision, ORG/NAME:Q4_K_M or :FILE for one of several GGUF "
+        "files (HF_HUB_OFFLINE=1: only what was fetched before)",
+    )
     parser.add_argument("out", metavar="OUT.lut", nargs="?", help="file to write")
     parser.add_argument(
         "-o", "--outfile", metavar="OUT.lut", help="file to write, for those who prefer an option"
@@ -118,7 +124,7 @@ def execute(args: argparse.Namespace) -> int:
             target_bpw=args.target_bpw,
             calibration=args.calibration,
             calibration_tokens=args.calibration_tokens,
-            progress=progress,
+            progress=None if args.quiet else progress,
             warn=progress.warn,
         )
     if not args.quiet:
