@@ -13,6 +13,7 @@ from tmac_py.converters.conversion import Progress, convert_checkpoint, needs_ca
 from tmac_py.converters.hub import SCHEME, fetch, parse_id
 from tmac_py.converters.lora import merge_lora
 from tmac_py.converters.options import QuantOptions
+from tmac_py.converters.verification import verify_checkpoint
 from tmac_py.errors import ModelFileError, UnsupportedError
 
 __all__ = [
@@ -73,6 +74,7 @@ def convert(
     calibration_tokens: int | None = None,
     requantize: bool = False,
     lora: str | Path | None = None,
+    verify: bool = False,
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> None:
@@ -85,9 +87,11 @@ def convert(
     tensor, or by one layer and the activations of the calibration text; ``out`` appears whole or
     not at all; equal sources and options give equal bytes (calibrated ones on equal machines: BLAS
     sums as the CPU likes it).
+    ``verify`` writes nothing: it converts once more and compares the ``out`` that is there.
     ``warn`` gets what is worth knowing.
 
-    Raises ModelFileError, UnsupportedError, and OSError for files that cannot be read or written.
+    Raises ModelFileError (for a difference that ``verify`` finds too), UnsupportedError, and
+    OSError for files that cannot be read or written.
     """
     given: dict[str, Any] = {
         name: value
@@ -117,7 +121,8 @@ def convert(
         for text in checkpoint.warnings:
             warn(text)
     with naming(where):
-        convert_checkpoint(checkpoint, out, options, progress=progress)
+        work = verify_checkpoint if verify else convert_checkpoint
+        work(checkpoint, out, options, progress=progress)
 
 
 def _check_codebooks(source: str | Path, checkpoint: Checkpoint, requantize: bool) -> None:
