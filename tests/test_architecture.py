@@ -33,6 +33,7 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
         "tmac_py.quant",
         "tmac_py.rope",
         "tmac_py.spec",
+        "tmac_py.synthetic",
         "tmac_py.tokenizer",
         "tmac_py.tokenizer_backends",
     ),
