@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from tmac_py import generation_defaults
 from tmac_py.config import ModelConfig
 from tmac_py.converters.bitnet import master_formats
 from tmac_py.converters.checkpoint import (
@@ -55,10 +56,8 @@ def read(path: Path) -> Checkpoint:
     """
     with naming(path):
         raw_config = read_object(path / "config.json")
-        config = ModelConfig.from_hf(
-            raw_config,
-            read_object(path / "generation_config.json", optional=True),
-        )
+        generation = read_object(path / generation_defaults.FILE, optional=True)
+        config = ModelConfig.from_hf(raw_config, generation)
         quantization = read_settings(path, raw_config)
         if quantization:
             formats = format_of(*quantization)
@@ -67,6 +66,8 @@ def read(path: Path) -> Checkpoint:
         files = read_tokenizer_files(path)
         if files:
             config = replace(config, eos_token_ids=_end_tokens(config, files))
+            if (defaults := generation_defaults.keep_defaults(generation)) is not None:
+                files[generation_defaults.FILE] = defaults
     stored = {
         _ours(name): tensor
         for name, tensor in _stored_tensors(path).items()

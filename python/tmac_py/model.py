@@ -17,6 +17,7 @@ from tmac_py.config import ModelConfig
 from tmac_py.decoder import build_decoder
 from tmac_py.errors import ContextError, ModelFileError, OptionError, TmacError
 from tmac_py.generate import PREFILL_CHUNK, Result, Token, check_stop, stream_tokens
+from tmac_py.generation_defaults import load_defaults
 from tmac_py.lutfile import LutFile
 from tmac_py.pool import thread_pool
 from tmac_py.sampling import Sampler, SamplingParams, new_seed
@@ -42,6 +43,8 @@ class Model:
         config: sizes and special tokens.
         threads: threads the core computes with.
         tables: "int8", "exact" or "exact8".
+        sampling_defaults: arguments of SamplingParams that the checkpoint's generation_config.json
+            named.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Model:
         files = file.tokenizer
         self._tokenizer = Tokenizer(files, bos_id=file.config.bos_token_id) if files else None
         settings = self._tokenizer.config if self._tokenizer else {}
+        self.sampling_defaults = load_defaults(files)
         self._template_source = find_template(files, settings)
         self._template: ChatTemplate | None = None
         self._pool = thread_pool(self.threads)
@@ -251,14 +255,14 @@ class Model:
         prompt: str | Sequence[int],
         *,
         max_tokens: int = 256,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
-        repeat_last_n: int = 64,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
+        repeat_last_n: int | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         n_ctx: int = 0,
@@ -275,7 +279,8 @@ class Model:
             max_tokens: the most tokens to generate; -1 = until the answer ends or the context is
                 full.
             temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, presence_penalty,
-                frequency_penalty, seed: see :class:`tmac_py.sampling.SamplingParams`.
+                frequency_penalty, seed: see :class:`tmac_py.sampling.SamplingParams`; None = as the
+                model's makers want it (``sampling_defaults``), else as there.
             stop: strings that end the answer; they are not part of it.
             n_ctx: size of the context; 0 = what prompt and ``max_tokens`` need, within what the
                 model allows.
@@ -288,17 +293,19 @@ class Model:
             OptionError: an argument is not allowed.
             TmacError: the model is closed.
         """
-        params = SamplingParams(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repeat_penalty=repeat_penalty,
-            repeat_last_n=repeat_last_n,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            seed=seed,
-        )
+        given = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repeat_penalty": repeat_penalty,
+            "repeat_last_n": repeat_last_n,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "seed": seed,
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        params = SamplingParams(**{**self.sampling_defaults, **chosen})
         stop = check_stop(stop)
         max_tokens = _check_max_tokens(max_tokens)
         ids = self._prompt_ids(prompt)
@@ -323,14 +330,14 @@ class Model:
         prompt: str | Sequence[int],
         *,
         max_tokens: int = 256,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
-        repeat_last_n: int = 64,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
+        repeat_last_n: int | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         n_ctx: int = 0,
