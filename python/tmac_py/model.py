@@ -87,7 +87,8 @@ class Model:
                 affinity and quota included). Models with the same number share the threads.
             tables: lookup tables of "int8" (fast), "exact" (activations rounded to 14 bits, exact
                 sums) or "exact8" (to 8 bits per token: BitNet's arithmetic); None takes "exact8"
-                for models made for it, "int8" for others.
+                for models made for it, "int8" for others. With "exact8" an lm_head of such a model
+                that is not ternary gets "exact", as in its training.
             check: compare all tensors with their checksums first.
 
         Raises:
