@@ -25,8 +25,7 @@ void Decoder::Pass::norm_into_inputs(const float* weight, Inputs& inputs, const 
 }
 
 void Decoder::Pass::norm_into_inputs(const float* weight, const InputPlan& plan) {
-  norm_into_inputs(weight, a.inputs, plan, n, [(int64_t t) {
-    return t; });
+  norm_into_inputs(weight, a.inputs, plan, n, [](int64_t t) { return t; });
 }
 
 void Decoder::Pass::embed() {
