@@ -49,7 +49,8 @@ def serving(repository: str, files: dict[str, bytes]) -> Iterator[tuple[str, lis
             for revision in ("main", COMMIT):
                 if path == f"{api}/revision/{revision}" or path == api:
                     siblings = [{"rfilename": name} for name in files]
-                    return self._send({"id": repository, "sha": COMMIT, "siblings": siblings}, body)
+                    info = {"sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+                    return self._send({"id": repository, "downloads": 0, "likes": 0, **info}, body)
                 if path.rstrip("/") == f"{api}/tree/{revision}":
                     tree = [
                         {"type": "file", "path": n, "size": len(c), "oid": _etag(c)}
