@@ -40,6 +40,7 @@ class Model:
 
     Attributes:
         path: the .lut file.
+        file: its contents.
         config: sizes and special tokens.
         threads: threads the core computes with.
         tables: "int8", "exact" or "exact8".
@@ -65,7 +66,7 @@ class Model:
         self._template: ChatTemplate | None = None
         self._pool = thread_pool(self.threads)
         self._decoder: _core.Decoder | None = build_decoder(file, self.tables)
-        self._file = file
+        self.file = file
 
     @classmethod
     def load(
@@ -372,7 +373,7 @@ class Model:
     def close(self) -> None:
         """Let go of file and weights; a generation under way ends with TmacError."""
         self._decoder = None
-        self._file.close()
+        self.file.close()
 
     def __enter__(self) -> Model:
         return self
