@@ -73,6 +73,7 @@ const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME) = {
     silu_multiply<Isa>,
     add<Isa>,
     max_abs<Isa>,
+    sum_exponentials<Isa>,
     to_half<Isa>,
     attend<Isa>,
 };
