@@ -74,7 +74,7 @@ double ScoreIndex::exponential_sum() const {
   constexpr int64_t kPart = 4096;  // few enough for float32
   double sum = 0;
   for (int64_t i = 0; i < n_; i += kPart) {
-    sum += kernels().sum_exponentials(scores_ + i, std::min(kPart, n_ - i), largest_);
+    sum += vector_kernels().sum_exponentials(scores_ + i, std::min(kPart, n_ - i), largest_);
   }
   return sum;
 }

@@ -105,11 +105,13 @@ def check_processors(
     processors: LogitsProcessor | Sequence[LogitsProcessor],
 ) -> tuple[LogitsProcessor, ...]:
     """One or several processors as a tuple; OptionError for what cannot be called."""
-    functions = (processors,) if callable(processors) else tuple(processors)
-    for function in functions:
-        if not callable(function):
-            raise OptionError(f"logits_processor is {function!r}; allowed: functions")
-    return functions
+    if callable(processors):
+        return (processors,)
+    if not isinstance(processors, Sequence) or not all(map(callable, processors)):
+        raise OptionError(
+            f"logits_processor is {processors!r}; allowed: a function or a sequence of functions"
+        )
+    return tuple(processors)
 
 
 def new_seed() -> int:
