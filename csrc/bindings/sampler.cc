@@ -7,7 +7,11 @@ namespace {
 
 using namespace py::literals;
 
+// Called for every token: what is right is seen fast, what is wrong is explained.
 const float* logits_data(const py::array& logits) {
+  if (py::isinstance<py::array_t<float, py::array::c_style>>(logits) && logits.ndim() == 1) {
+    return static_cast<const float*>(logits.data());
+  }
   return array_data<float>(logits, "logits", {logits.size()}, "float32");
 }
 

@@ -82,20 +82,24 @@ double ScoreIndex::exponential_sum() const {
 void ScoreIndex::at_least(float bound, std::vector<Ranked>* out) const {
   out->clear();
   bound = std::max(bound, kLowest);
-  const auto add = [&](int64_t i) {
-    if (scores_[i] >= bound) out->emplace_back(scores_[i], i);
-  };
   const auto reaches = [&](float largest) { return largest >= bound; };
   const auto blocks = static_cast<int64_t>(block_largest_.size());
   if (std::count_if(block_largest_.begin(), block_largest_.end(), reaches) * 4 > blocks) {
-    out->reserve(static_cast<size_t>(n_));
-    for (int64_t i = 0; i < n_; ++i) add(i);
+    out->resize(static_cast<size_t>(n_));
+    size_t found = 0;
+    for (int64_t i = 0; i < n_; ++i) {  // without a branch that nothing could predict
+      (*out)[found] = Ranked(scores_[i], i);
+      found += scores_[i] >= bound;
+    }
+    out->resize(found);
     return;
   }
   for (int64_t block = 0; block < blocks; ++block) {
     if (!reaches(block_largest_[static_cast<size_t>(block)])) continue;
     const int64_t begin = block / kColumns * kGroup, end = std::min(begin + kGroup, n_);
-    for (int64_t i = begin + block % kColumns; i < end; i += kColumns) add(i);
+    for (int64_t i = begin + block % kColumns; i < end; i += kColumns) {
+      if (scores_[i] >= bound) out->emplace_back(scores_[i], i);
+    }
   }
 }
 

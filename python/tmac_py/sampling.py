@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -164,10 +163,12 @@ class Sampler:
             TmacError: there is NaN or +inf among the logits, or no token is allowed.
         """
         scores = self._processed(logits, history)
-        with _core_errors():
+        try:
             token, logprob = self._core.sample(scores, self._recent(history))
             if scores is not logits:
                 logprob = _core.log_probability(logits, token)
+        except ValueError as error:
+            raise TmacError(str(error)) from error
         return token, logprob
 
     def probabilities(self, logits: Logits, history: Sequence[int] = ()) -> tuple[Ids, Shares]:
@@ -181,8 +182,10 @@ class Sampler:
             one most likely token.
         """
         scores = self._processed(logits, history)
-        with _core_errors():
+        try:
             return self._core.distribution(scores, self._recent(history))
+        except ValueError as error:
+            raise TmacError(str(error)) from error
 
     def sample_from(self, ids: Ids, shares: Shares) -> int:
         """One of ``ids`` [n], by ``shares`` float64 [n], which may have any sum above 0.
@@ -190,8 +193,10 @@ class Sampler:
         Raises:
             TmacError: a share is negative or not finite, or all are 0.
         """
-        with _core_errors():
+        try:
             return int(ids[self._core.draw(shares)])
+        except ValueError as error:
+            raise TmacError(str(error)) from error
 
     def random(self) -> float:
         """The next random number in [0, 1)."""
@@ -238,16 +243,8 @@ def top_logprobs(logits: Logits, n: int) -> list[tuple[int, float]]:
         OptionError: ``n`` is below 1.
         TmacError: there is NaN or +inf among the logits.
     """
-    with _core_errors():
-        return _core.most_likely(logits, check_whole("n", n, 1))
-
-
-@contextmanager
-def _core_errors() -> Iterator[None]:
-    """What the core refuses as TmacError."""
+    check_whole("n", n, 1)
     try:
-        yield
+        return _core.most_likely(logits, n)
     except ValueError as error:
-        if isinstance(error, TmacError):
-            raise
         raise TmacError(str(error)) from error
