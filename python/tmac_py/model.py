@@ -15,8 +15,9 @@ from tmac_py.chat import ChatTemplate, Message, find_template
 from tmac_py.checks import check_tables, check_threads, check_whole
 from tmac_py.config import ModelConfig
 from tmac_py.decoder import build_decoder
+from tmac_py.decoding import PREFILL_CHUNK
 from tmac_py.errors import ContextError, ModelFileError, OptionError, TmacError
-from tmac_py.generate import PREFILL_CHUNK, Result, Token, check_stop, stream_tokens
+from tmac_py.generate import Result, Token, check_stop, stream_tokens
 from tmac_py.lutfile import LutFile
 from tmac_py.pool import thread_pool
 from tmac_py.sampling import (
