@@ -1,22 +1,34 @@
 #include "layout/ternary.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "layout/layout.h"
 
 namespace tmac {
+namespace {
+
+constexpr int64_t kTernaryPairWeights = 2 * kTernaryTableWeights;  // behind a byte of magnitudes
+
+}  // namespace
 
 void pack_ternary(const uint8_t* codes, int64_t n, int64_t r, uint8_t* chunk) {
-  for (int64_t t = 0; t * kTernaryTableWeights < n; ++t) {
-    const int64_t first = t * kTernaryTableWeights;
-    int number = 0;
-    for (int64_t i = std::min(n, first + kTernaryTableWeights); i-- > first;) {
-      number = 3 * number + codes[i] - 1;
-    }
-    const int magnitude = number < 0 ? -number : number;
-    chunk[r] |= static_cast<uint8_t>((number < 0) << t);
-    chunk[(1 + t / 2) * kTileRows + r] |= static_cast<uint8_t>(magnitude << 4 * (t % 2));
+  uint8_t padded[kTernaryChunkWeights + 2];  // loads of 8 bytes reach 2 behind the last 6
+  std::memset(padded, 1, sizeof(padded));
+  std::memcpy(padded, codes, static_cast<size_t>(n));
+  int signs = 0;
+  for (int64_t i = 0; i * kTernaryPairWeights < n; ++i) {
+    uint64_t six;
+    std::memcpy(&six, padded + i * kTernaryPairWeights, 8);
+    // Byte j of the product is code j - 2 + 3 code j - 1 + 9 code j.
+    const uint64_t sums = six * 0x010309;
+    const int low = static_cast<int>(sums >> 16 & 0xff) - 13;
+    const int high = static_cast<int>(sums >> 40 & 0xff) - 13;
+    signs |= ((low < 0) | (high < 0) << 1) << 2 * i;
+    const int magnitudes = (low < 0 ? -low : low) | (high < 0 ? -high : high) << 4;
+    chunk[(1 + i) * kTileRows + r] = static_cast<uint8_t>(magnitudes);
   }
+  chunk[r] = static_cast<uint8_t>(signs);
 }
 
 void unpack_ternary(const uint8_t* chunk, int64_t n, int64_t r, uint8_t* codes) {

@@ -12,6 +12,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from tmac_py import _core
 from tmac_py.parallel import map_threads
 from tmac_py.spec import LAYOUTS, Encoding, LinearSpec, OffsetKind
 
@@ -351,11 +352,12 @@ def encode_groups(
     and for fp16 overflow.
     """
     fractions = _fractions(bits, search)
-    low, high = w.min(axis=2), w.max(axis=2)  # [r, g]
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+    shape, flat = w.shape, np.ascontiguousarray(w).reshape(-1, w.shape[2])
+    low, high = (ends.reshape(shape[:2]) for ends in _core.group_ranges(flat))
+    if np.isnan(low).any():
         raise ValueError("weights are not finite")
     mean = w.mean(axis=2) if asym and len(fractions) > 1 else np.zeros_like(low)
-    best: tuple[NDArray[np.float32], NDArray[np.float16], NDArray[np.float16]] | None = None
+    best: tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]] | None = None
     best_error = np.empty_like(low)
     for fraction in fractions:
         f = np.float32(fraction)
@@ -363,7 +365,14 @@ def encode_groups(
             s, o = _asym_range(mean + f * (low - mean), mean + f * (high - mean), bits)
         else:
             s, o = _sym_range(f * low, f * high, bits)
-        q = _nearest(w, s, o, bits, asym)
+        codes = _core.nearest_codes(
+            flat,
+            s.reshape(-1),
+            o.reshape(-1) if asym else None,
+            zero=symmetric_zero(bits),
+            bits=bits,
+        )
+        q = codes.reshape(shape)
         if len(fractions) == 1:
             best = q, s, o
             break
@@ -375,8 +384,7 @@ def encode_groups(
         best_error[better] = error[better]
         best[0][better], best[1][better], best[2][better] = q[better], s[better], o[better]
     assert best is not None
-    q, s, o = best
-    return q.astype(np.uint8), s, o
+    return best
 
 
 def _to_fp16(values: NDArray[np.float32], what: str) -> NDArray[np.float16]:
@@ -407,29 +415,9 @@ def _sym_range(
     return _to_fp16(np.where(flip, -scale, scale), "scale"), np.zeros(low.shape, np.float16)
 
 
-def _nearest(
-    w: NDArray[np.float32],
-    s: NDArray[np.float16],
-    o: NDArray[np.float16],
-    bits: int,
-    asym: bool,
-) -> NDArray[np.float32]:
-    """Codes as float32 [r, g, n]; a scale of 0 gives the code of 0."""
-    s32 = s.astype(np.float32)[..., None]
-    inverse = np.divide(np.float32(1), s32, out=np.zeros_like(s32), where=s32 != 0)
-    if asym:
-        q = w - o.astype(np.float32)[..., None]
-        q *= inverse
-    else:
-        q = w * inverse
-        q += np.float32(symmetric_zero(bits))
-    np.rint(q, out=q)
-    return np.clip(q, 0, (1 << bits) - 1, out=q)
-
-
 def _squared_error(
     w: NDArray[np.float32],
-    q: NDArray[np.float32],
+    q: NDArray[np.uint8],
     s: NDArray[np.float16],
     o: NDArray[np.float16],
     bits: int,
@@ -437,7 +425,9 @@ def _squared_error(
     importance: NDArray[np.float32] | None,
 ) -> NDArray[np.float32]:
     zero = np.float32(0 if asym else symmetric_zero(bits))
-    d = (q - zero) * s.astype(np.float32)[..., None]
+    d = q.astype(np.float32)
+    d -= zero
+    d *= s.astype(np.float32)[..., None]
     d -= w
     if asym:
         d += o.astype(np.float32)[..., None]
