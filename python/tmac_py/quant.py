@@ -106,14 +106,15 @@ class QuantTensor:
                 raise ValueError(
                     f"{name} {values.dtype}{list(values.shape)}: float16{list(wanted)} is needed"
                 )
-        if self.bits < MAX_BITS and int(self.codes.max()) >= 1 << self.bits:
-            raise ValueError(f"code {int(self.codes.max())} does not fit in {self.bits} bits")
+        largest = int(self.codes.max()) if self.bits < MAX_BITS else 0
+        if largest >= 1 << self.bits:
+            raise ValueError(f"code {largest} does not fit in {self.bits} bits")
         if self.encoding not in get_args(Encoding):
             raise ValueError(f"encoding {self.encoding!r}: one of {get_args(Encoding)}")
         if self.encoding == "ternary":
             if (self.bits, self.offset_kind, self.zero) != (2, "none", 1):
                 raise ValueError("a ternary matrix has bits 2, offset_kind 'none' and zero 1")
-            if int(self.codes.max()) > 2:
+            if largest > 2:
                 raise ValueError("code 3: a ternary matrix has codes 0, 1 and 2")
         if self.encoding == "bcq" and (
             self.bits > MAX_BCQ_BITS or (self.offset_kind, self.zero) != ("offset", 0)
@@ -295,19 +296,24 @@ def quantize_ternary(w: MatrixLike, *, scale: float | None = None) -> QuantTenso
     m, k = w.shape
     rows = list(row_chunks(m, k, _CHUNK_ELEMENTS))
     if scale is None:
-        total = sum(float(np.abs(w[r]).sum(dtype=np.float64)) for r in rows)
+        sums = map_threads(lambda r: float(np.abs(w[r]).sum(dtype=np.float64)), rows)
+        total = sum(sums)
         if not np.isfinite(total):
             raise ValueError("weights are not finite")
         scale = max(total / (m * k), _TERNARY_SMALLEST)
     elif not np.finfo(np.float32).tiny <= scale <= np.finfo(np.float32).max:
         raise ValueError(f"scale {scale}: a positive float32 is needed")
     scale = float(np.float32(scale))
+    inverse = np.float32(1 / scale)
     codes = np.empty((m, k), np.uint8)
-    for r in rows:
-        trits = np.rint(np.asarray(w[r], np.float32) * np.float32(1 / scale))
+
+    def encode(rows: slice) -> None:
+        trits = np.rint(np.asarray(w[rows], np.float32) * inverse)
         if not np.isfinite(trits).all():
             raise ValueError("weights are not finite")
-        codes[r] = np.clip(trits, -1, 1) + 1
+        codes[rows] = np.clip(trits, -1, 1) + 1
+
+    map_threads(encode, rows)
     return ternary_tensor(codes, scale)
 
 
