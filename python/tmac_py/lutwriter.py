@@ -28,16 +28,20 @@ from tmac_py.lutheader import (
     order_of,
     packed_nbytes,
 )
+from tmac_py.parallel import Background
 from tmac_py.spec import LinearSpec
+
+_SYNC_BYTES = 1 << 26
+"""Written bytes that may wait in memory for the disk: else all of them would at the end."""
 
 
 class LutWriter:
     """Write one .lut file; a context manager.
 
-    Packed matrices go to a temporary file beside ``path`` as they are added; leaving the block
-    without an exception checks that the model is complete, writes the rest and renames. Leaving it
-    with any exception, KeyboardInterrupt included, removes the temporary file and leaves ``path``
-    as it was.
+    Packed matrices go to a temporary file beside ``path`` as they are added, each while the caller
+    makes the next one; leaving the block without an exception checks that the model is complete,
+    writes the rest and renames. Leaving it with any exception, KeyboardInterrupt included, removes
+    the temporary file and leaves ``path`` as it was.
     """
 
     def __init__(
@@ -56,9 +60,11 @@ class LutWriter:
         self._tokenizer = dict(tokenizer)
         self._shapes = config.tensor_shapes()
         self._linears: dict[str, TensorEntry] = {}
+        self._checksums: dict[str, str] = {}
         self._orders: dict[str, NDArray[np.int32]] = {}
         self._floats: dict[str, NDArray[np.float32]] = {}
         self._end = 0
+        self._unsynced = 0
         self._temporary: Path | None = None
         for name in self._tokenizer:
             check_file_name(name)
@@ -73,6 +79,7 @@ class LutWriter:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         self._temporary = temporary
+        self._background = Background()
         return self
 
     def add_linear(
@@ -84,8 +91,9 @@ class LutWriter:
     ) -> None:
         """Append one packed matrix, uint8 ``[packed_nbytes]``, and keep its order ``[k]``.
 
-        Raises ModelFileError when name, shape or size do not fit the configuration, OSError on a
-        full disk.
+        ``packed`` is written after the call returns and must not change any more. Raises
+        ModelFileError when name, shape or size do not fit the configuration, OSError if the matrix
+        before did not fit on the disk.
         """
         try:
             check_spec(spec)
@@ -100,17 +108,27 @@ class LutWriter:
         if order is not None:
             self._orders[order_of(name)] = np.array(order, dtype="<i4", order="C")
         data = np.ascontiguousarray(packed).data
-        self._write(self._data_start + self._end, data)
-        self._linears[name] = TensorEntry(
+        entry = TensorEntry(
             name=name,
             kind="linear",
             shape=(spec.m, spec.k),
             start=self._end,
             nbytes=data.nbytes,
-            xxh3=xxhash.xxh3_128_hexdigest(data),
+            xxh3="",
             spec=spec,
         )
         self._end += data.nbytes
+        self._background.run(lambda: self._write_linear(entry, data))
+        self._linears[name] = entry
+
+    def _write_linear(self, entry: TensorEntry, data: memoryview) -> None:
+        checksum = xxhash.xxh3_128_hexdigest(data)
+        self._write(self._data_start + entry.start, data)
+        self._checksums[entry.name] = checksum
+        self._unsynced += data.nbytes
+        if self._unsynced > _SYNC_BYTES:
+            self._sync()
+            self._unsynced = 0
 
     def add_float(self, name: str, values: NDArray[np.float32]) -> None:
         """Keep one float32 vector; it is written when the file is complete."""
@@ -127,8 +145,10 @@ class LutWriter:
     ) -> None:
         try:
             if kind is None:
+                self._background.wait()
                 self._commit()
         finally:
+            self._background.close()
             self._file.close()
             if self._temporary is not None:
                 self._temporary.unlink(missing_ok=True)
@@ -144,7 +164,9 @@ class LutWriter:
         for name in sorted(self._tokenizer):
             data = self._tokenizer[name]
             rest.append((TOKENIZER_PREFIX + name, "file", (len(data),), memoryview(data)))
-        entries = list(self._linears.values())
+        entries = [
+            replace(entry, xxh3=self._checksums[name]) for name, entry in self._linears.items()
+        ]
         for name, kind, shape, view in rest:
             self._write(self._data_start + self._end, view)
             entries.append(
@@ -163,8 +185,8 @@ class LutWriter:
         assert len(header) == self._data_start
         self._write(0, memoryview(header))
         assert self._temporary is not None
+        self._sync()
         try:
-            os.fsync(self._file.fileno())
             self._file.close()
             self._temporary.replace(self._path)
         except OSError as error:
@@ -181,6 +203,12 @@ class LutWriter:
             raise ModelFileError(
                 f"tensor {name}: shape {list(shape)}, must be {list(self._shapes[name])}"
             )
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def _write(self, position: int, data: memoryview) -> None:
         try:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmac_py import _core
-from tmac_py.lutheader import ROW_TILE, packed_nbytes
+from tmac_py.lutheader import ALIGNMENT, ROW_TILE, packed_nbytes
 from tmac_py.parallel import map_threads
 from tmac_py.quant import QuantTensor
 from tmac_py.spec import LinearSpec
@@ -22,7 +22,7 @@ def pack(q: QuantTensor) -> NDArray[np.uint8]:
     """
     packed = np.empty(packed_nbytes(q.spec), np.uint8)
     n_tiles = -(-q.m // ROW_TILE)
-    tile_bytes = len(packed) // n_tiles
+    tile_bytes = (len(packed) - (0 if q.scale is None else ALIGNMENT)) // n_tiles
     step = max(1, _CHUNK_ELEMENTS // (q.k * ROW_TILE))
 
     def fill(first: int) -> None:
