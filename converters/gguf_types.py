@@ -80,15 +80,14 @@ def decode_tensor(
 
 def _ternary(codes: Bytes, scales: NDArray[np.float16]) -> QuantTensor:
     """One scale for the matrix where all are equal, but for blocks of zeros, whose scale is 0."""
-    used = np.unique(scales)
-    if used.size == 2 and 0 in used:
-        group_size = codes.shape[1] // scales.shape[1]
-        blocks = codes.reshape(*scales.shape, group_size)[scales == 0]
-        if (blocks == 1).all():
-            used = used[used != 0]
-    if used.size == 1:
-        return ternary_tensor(codes, float(used[0]))
-    return ternary_tensor(codes, scales, group_size=codes.shape[1] // scales.shape[1])
+    group_size = codes.shape[1] // scales.shape[1]
+    used = scales != 0
+    scale = scales.flat[used.argmax()]
+    if (scales[used] == scale).all():
+        blocks = codes.reshape(*scales.shape, group_size)
+        if not used.any() or used.all() or (blocks[~used] == 1).all():
+            return ternary_tensor(codes, float(scale))
+    return ternary_tensor(codes, scales, group_size=group_size)
 
 
 def decode_i2_s(

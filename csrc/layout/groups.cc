@@ -8,46 +8,58 @@ namespace tmac {
 namespace {
 
 // Independent minima and maxima: what the compiler turns into vectors without changing the result.
-constexpr int kLanes = 16;
+constexpr int kLanes = 8;
 
 // Adding and subtracting it rounds floats of 0 .. 2^22 to whole numbers, halves to even.
 constexpr float kRounder = 0x1.8p23f;
 
-struct Lanes {
-  float low[kLanes], high[kLanes], spoiled[kLanes];
+struct Range {
+  float low, high;
+  float spoiled;  // NaN after infinity or NaN
 
-  void add(const float* w, int count) {
-    for (int i = 0; i < count; ++i) {
-      low[i] = w[i] < low[i] ? w[i] : low[i];
-      high[i] = w[i] > high[i] ? w[i] : high[i];
-      spoiled[i] += w[i] * 0.0f;  // NaN from infinity and NaN on
-    }
+  void add(float w) {
+    low = w < low ? w : low;
+    high = w > high ? w : high;
+    spoiled += w * 0.0f;
   }
 };
+
+// The range of the `blocks` * kLanes floats at w.
+Range range_of_blocks(const float* w, int64_t blocks) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  float low[kLanes], high[kLanes], spoiled[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = kInfinity;
+    high[i] = -kInfinity;
+    spoiled[i] = 0;
+  }
+  for (int64_t b = 0; b < blocks; ++b, w += kLanes) {
+    for (int i = 0; i < kLanes; ++i) {
+      low[i] = w[i] < low[i] ? w[i] : low[i];
+      high[i] = w[i] > high[i] ? w[i] : high[i];
+      spoiled[i] += w[i] * 0.0f;
+    }
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      low[i] = low[i + half] < low[i] ? low[i + half] : low[i];
+      high[i] = high[i + half] > high[i] ? high[i + half] : high[i];
+      spoiled[i] += spoiled[i + half];
+    }
+  }
+  return {low[0], high[0], spoiled[0]};
+}
 
 }  // namespace
 
 void group_ranges(const float* w, int64_t groups, int64_t n, float* low, float* high) {
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const int64_t blocks = n / kLanes;
   for (int64_t g = 0; g < groups; ++g, w += n) {
-    Lanes lanes;
-    for (int i = 0; i < kLanes; ++i) {
-      lanes.low[i] = kInfinity;
-      lanes.high[i] = -kInfinity;
-      lanes.spoiled[i] = 0;
-    }
-    int64_t j = 0;
-    for (; j + kLanes <= n; j += kLanes) lanes.add(w + j, kLanes);
-    lanes.add(w + j, static_cast<int>(n - j));
-    float spoiled = lanes.spoiled[0];
-    low[g] = lanes.low[0];
-    high[g] = lanes.high[0];
-    for (int i = 1; i < kLanes; ++i) {
-      low[g] = lanes.low[i] < low[g] ? lanes.low[i] : low[g];
-      high[g] = lanes.high[i] > high[g] ? lanes.high[i] : high[g];
-      spoiled += lanes.spoiled[i];
-    }
-    if (spoiled != 0) low[g] = high[g] = std::numeric_limits<float>::quiet_NaN();
+    Range range = range_of_blocks(w, blocks);
+    for (int64_t j = blocks * kLanes; j < n; ++j) range.add(w[j]);
+    const bool finite = range.spoiled == 0;
+    low[g] = finite ? range.low : std::numeric_limits<float>::quiet_NaN();
+    high[g] = finite ? range.high : std::numeric_limits<float>::quiet_NaN();
   }
 }
 

@@ -62,7 +62,7 @@ class PlanePacker {
   void operator()(const uint8_t* codes, int64_t n, int64_t r, uint8_t* chunk) const {
     uint64_t eight = 0;
     if (n == kChunkWeights) {
-      std::memcpy(&eight, codes, kChunkWeights);
+      std::memcpy(&eight, codes, kChunkWeights);  // of known size: one load
     } else {
       std::memcpy(&eight, codes, static_cast<size_t>(n));
     }
