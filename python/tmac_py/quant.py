@@ -24,6 +24,9 @@ MAX_BCQ_BITS = 4
 _CHUNK_ELEMENTS = 1 << 16
 """Weights worked on at once: a few float32 buffers of this size stay in the L2 cache."""
 
+_MINMAX_ELEMENTS = 1 << 18
+"""The same where there are two such buffers only, and little to do for each weight."""
+
 _SHRINK: dict[int, tuple[float, int]] = {1: (0.2, 9), 2: (0.4, 9), 3: (0.5, 9), 4: (0.6, 8)}
 """bits -> (smallest fraction of the min-max range tried by "mse", number of fractions)."""
 _SHRINK_WIDE = (0.85, 4)
@@ -244,7 +247,8 @@ def quantize_rtn(
             if offsets is not None:
                 offsets[rows, groups] = o
 
-    map_threads(encode, row_chunks(m, k, _CHUNK_ELEMENTS))
+    elements = _MINMAX_ELEMENTS if search == "minmax" else _CHUNK_ELEMENTS
+    map_threads(encode, row_chunks(m, k, elements))
     zero = 0.0 if asym else symmetric_zero(bits)
     kind: OffsetKind = "offset" if asym else "none"
     return QuantTensor(codes, scales, offsets, bits, group_size, kind, zero)
