@@ -16,13 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from measure import Spread, machine_facts
 from synthetic_checkpoints import FOLDERS, KINDS, write_checkpoint
 
-from tmac_py.config import ModelConfig
+from tmac_py.synthetic import SHAPES
 
 _SAMPLE_SECONDS = 0.005
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="drop the source from memory first")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     args = parser.parse_args()
-    config = llama_2_7b(args.layers, args.vocab)
+    config = replace(SHAPES["llama-2-7b"], num_hidden_layers=args.layers, vocab_size=args.vocab)
     print(f"<!-- {json.dumps(machine_facts())} -->")
     print(f"{args.layers} layers, vocabulary of {args.vocab}, floats by {args.quant}\n")
     print("| kind | source MB | .lut MB | s | MB/s of .lut | cores busy | allocated MB | RSS MB |")
@@ -91,22 +91,6 @@ def main() -> None:
             print(row(kind, sum(path.stat().st_size for path in files), runs), flush=True)
             for path in files:
                 path.unlink()
-
-
-def llama_2_7b(layers: int, vocab: int) -> ModelConfig:
-    return ModelConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        head_dim=128,
-        vocab_size=vocab,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
 
 
 def run(source: Path, out: Path, options: dict[str, object]) -> Run:

@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from tmac_py.blockwriter import BlockWriter
 from tmac_py.config import ModelConfig
 from tmac_py.errors import ModelFileError
 from tmac_py.lutheader import (
@@ -32,7 +33,7 @@ from tmac_py.parallel import Background
 from tmac_py.spec import LinearSpec
 
 _SYNC_BYTES = 1 << 26
-"""Written bytes that may wait in memory for the disk: else all of them would at the end."""
+"""Written bytes that may wait for the disk; without a bound all of them wait at the end."""
 
 
 class LutWriter:
@@ -59,12 +60,11 @@ class LutWriter:
         self._source = dict(source)
         self._tokenizer = dict(tokenizer)
         self._shapes = config.tensor_shapes()
+        self._added: set[str] = set()
         self._linears: dict[str, TensorEntry] = {}
-        self._checksums: dict[str, str] = {}
+        self._synced = 0
         self._orders: dict[str, NDArray[np.int32]] = {}
         self._floats: dict[str, NDArray[np.float32]] = {}
-        self._end = 0
-        self._unsynced = 0
         self._temporary: Path | None = None
         for name in self._tokenizer:
             check_file_name(name)
@@ -79,6 +79,7 @@ class LutWriter:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         self._temporary = temporary
+        self._data = BlockWriter(self._file, self._data_start)
         self._background = Background()
         return self
 
@@ -108,27 +109,14 @@ class LutWriter:
         if order is not None:
             self._orders[order_of(name)] = np.array(order, dtype="<i4", order="C")
         data = np.ascontiguousarray(packed).data
-        entry = TensorEntry(
-            name=name,
-            kind="linear",
-            shape=(spec.m, spec.k),
-            start=self._end,
-            nbytes=data.nbytes,
-            xxh3="",
-            spec=spec,
-        )
-        self._end += data.nbytes
-        self._background.run(lambda: self._write_linear(entry, data))
-        self._linears[name] = entry
 
-    def _write_linear(self, entry: TensorEntry, data: memoryview) -> None:
-        checksum = xxhash.xxh3_128_hexdigest(data)
-        self._write(self._data_start + entry.start, data)
-        self._checksums[entry.name] = checksum
-        self._unsynced += data.nbytes
-        if self._unsynced > _SYNC_BYTES:
-            self._sync()
-            self._unsynced = 0
+        def write() -> None:
+            self._linears[name] = self._append(name, "linear", (spec.m, spec.k), data, spec)
+            if self._data.position - self._synced > _SYNC_BYTES:
+                self._sync()
+
+        self._background.run(write)
+        self._added.add(name)
 
     def add_float(self, name: str, values: NDArray[np.float32]) -> None:
         """Keep one float32 vector; it is written when the file is complete."""
@@ -164,29 +152,19 @@ class LutWriter:
         for name in sorted(self._tokenizer):
             data = self._tokenizer[name]
             rest.append((TOKENIZER_PREFIX + name, "file", (len(data),), memoryview(data)))
-        entries = [
-            replace(entry, xxh3=self._checksums[name]) for name, entry in self._linears.items()
-        ]
+        entries = list(self._linears.values())
         for name, kind, shape, view in rest:
-            self._write(self._data_start + self._end, view)
-            entries.append(
-                TensorEntry(
-                    name=name,
-                    kind=kind,
-                    shape=shape,
-                    start=self._end,
-                    nbytes=view.nbytes,
-                    xxh3=xxhash.xxh3_128_hexdigest(view),
-                )
-            )
-            self._end += view.nbytes
+            entries.append(self._append(name, kind, shape, view))
         check_shapes(self._config, entries)
         header = build_header(self._config, self._source, entries, self._data_start)
         assert len(header) == self._data_start
-        self._write(0, memoryview(header))
         assert self._temporary is not None
-        self._sync()
         try:
+            self._data.flush()
+            first = BlockWriter(self._file, 0)
+            first.append(memoryview(header))
+            first.flush()
+            self._sync()
             self._file.close()
             self._temporary.replace(self._path)
         except OSError as error:
@@ -197,7 +175,7 @@ class LutWriter:
     def _expect(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._shapes:
             raise ModelFileError(f"tensor {name}: not part of this model")
-        if name in self._linears or name in self._floats:
+        if name in self._added or name in self._floats:
             raise ModelFileError(f"tensor {name}: added twice")
         if shape != self._shapes[name]:
             raise ModelFileError(
@@ -205,18 +183,27 @@ class LutWriter:
             )
 
     def _sync(self) -> None:
+        self._synced = self._data.position
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
 
-    def _write(self, position: int, data: memoryview) -> None:
+    def _append(
+        self,
+        name: str,
+        kind: TensorKind,
+        shape: tuple[int, ...],
+        data: memoryview,
+        spec: LinearSpec | None = None,
+    ) -> TensorEntry:
+        start = self._data.position - self._data_start
         try:
-            self._file.seek(position)
-            while data.nbytes:
-                data = data[self._file.write(data) :]
+            self._data.append(data)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
+        digest = xxhash.xxh3_128_hexdigest(data)
+        return TensorEntry(name, kind, shape, start, data.nbytes, digest, spec)
 
 
 def _largest_header(
