@@ -56,6 +56,15 @@ def unpack(
     encoding: Encoding = "uniform",
     scale: float | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16] | None, NDArray[np.float16] | None]: ...
+def group_ranges(w: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+def nearest_codes(
+    w: NDArray[np.float32],
+    scales: NDArray[np.float16],
+    offsets: NDArray[np.float16] | None = None,
+    *,
+    zero: float,
+    bits: int,
+) -> NDArray[np.uint8]: ...
 
 class Linear:
     def __init__(
