@@ -41,6 +41,7 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
     "converters": ("tmac_py.converters",),
     "runner": (
         "tmac_py",
+        "tmac_py.benchmark",
         "tmac_py.chat",
         "tmac_py.decoding",
         "tmac_py.default_model",

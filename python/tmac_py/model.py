@@ -21,7 +21,13 @@ from tmac_py.generate import Result, Token, check_stop, stream_tokens
 from tmac_py.generation_defaults import load_defaults
 from tmac_py.lutfile import LutFile
 from tmac_py.pool import thread_pool
-from tmac_py.sampling import Sampler, SamplingParams, new_seed
+from tmac_py.sampling import (
+    LogitsProcessor,
+    Sampler,
+    SamplingParams,
+    check_processors,
+    new_seed,
+)
 from tmac_py.spec import Tables
 from tmac_py.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -41,6 +47,7 @@ class Model:
 
     Attributes:
         path: the .lut file.
+        file: its contents.
         config: sizes and special tokens.
         threads: threads the core computes with.
         tables: "int8", "exact" or "exact8".
@@ -69,7 +76,7 @@ class Model:
         self._template: ChatTemplate | None = None
         self._pool = thread_pool(self.threads)
         self._decoder: _core.Decoder | None = build_decoder(file, self.tables)
-        self._file = file
+        self.file = file
 
     @classmethod
     def load(
@@ -265,6 +272,8 @@ class Model:
         repeat_last_n: int | None = None,
         presence_penalty: float | None = None,
         frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         n_ctx: int = 0,
@@ -281,8 +290,12 @@ class Model:
             max_tokens: the most tokens to generate; -1 = until the answer ends or the context is
                 full.
             temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, presence_penalty,
-                frequency_penalty, seed: see :class:`tmac_py.sampling.SamplingParams`; None = as the
-                model's makers want it (``sampling_defaults``), else as there.
+                frequency_penalty, logit_bias, seed: see
+                :class:`tmac_py.sampling.SamplingParams`; None = as the model's makers want it
+                (``sampling_defaults``), else as there.
+            logits_processor: one or several functions that are called before every token with the
+                ids of prompt and answer so far, int32 [n], and the logits, float32 [vocab], which
+                they change in place or replace by those they return.
             stop: strings that end the answer; they are not part of it.
             n_ctx: size of the context; 0 = what prompt and ``max_tokens`` need, within what the
                 model allows.
@@ -304,10 +317,14 @@ class Model:
             "repeat_last_n": repeat_last_n,
             "presence_penalty": presence_penalty,
             "frequency_penalty": frequency_penalty,
+            "logit_bias": logit_bias,
             "seed": seed,
         }
         chosen = {name: value for name, value in given.items() if value is not None}
         params = SamplingParams(**{**self.sampling_defaults, **chosen})
+        for token in params.logit_bias:
+            check_whole("a token id of logit_bias", token, 0, self.config.vocab_size - 1)
+        processors = check_processors(logits_processor)
         stop = check_stop(stop)
         max_tokens = _check_max_tokens(max_tokens)
         ids = self._prompt_ids(prompt)
@@ -320,7 +337,7 @@ class Model:
             cache or self.new_cache(size),
             ids,
             decoder=IncrementalDecoder(self.tokenizer, trim_space=trim_space),
-            sampler=Sampler(params),
+            sampler=Sampler(params, processors),
             eos_ids=frozenset(self.config.eos_token_ids),
             max_tokens=room,
             stop=stop,
@@ -340,6 +357,8 @@ class Model:
         repeat_last_n: int | None = None,
         presence_penalty: float | None = None,
         frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         n_ctx: int = 0,
@@ -363,6 +382,8 @@ class Model:
             repeat_last_n=repeat_last_n,
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            logits_processor=logits_processor,
             seed=seed,
             stop=stop,
             n_ctx=n_ctx,
@@ -380,7 +401,7 @@ class Model:
     def close(self) -> None:
         """Let go of file and weights; a generation under way ends with TmacError."""
         self._decoder = None
-        self._file.close()
+        self.file.close()
 
     def __enter__(self) -> Model:
         return self
