@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +31,35 @@ from tmac_py.lutwriter import LutWriter
 from tmac_py.packing import pack
 from tmac_py.parallel import single_threaded_blas
 from tmac_py.quant import MatrixLike, QuantTensor
+from tmac_py.spec import LinearSpec
 
 Progress = Callable[[int, int, str], None]
 """Called with weights done, weights in all, and the name of the tensor that comes next."""
+
+
+class Writer(Protocol):
+    """Where converted tensors go: a LutWriter, or what compares them."""
+
+    def add_linear(
+        self,
+        name: str,
+        packed: NDArray[np.uint8],
+        spec: LinearSpec,
+        order: NDArray[np.int32] | None = None,
+    ) -> None:
+        """Take one packed matrix, uint8 ``[packed_nbytes]``, and its order ``[k]``."""
+
+    def add_float(self, name: str, values: NDArray[np.float32]) -> None:
+        """Take one float32 vector."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
 
 
 def convert_checkpoint(
@@ -40,8 +68,12 @@ def convert_checkpoint(
     options: QuantOptions,
     *,
     progress: Progress | None = None,
+    open_writer: Callable[..., Writer] = LutWriter,
 ) -> None:
-    """Quantise and pack every tensor of an open checkpoint; see `tmac_py.converters.convert`."""
+    """Quantise and pack every tensor of an open checkpoint; see `tmac_py.converters.convert`.
+
+    They go to what ``open_writer`` makes, called as LutWriter is.
+    """
     text = read_text(options.calibration) if needs_calibration(checkpoint, options) else None
     texts = None
     if text is not None:
@@ -55,7 +87,7 @@ def convert_checkpoint(
         source = dict(checkpoint.source)
         if plan:
             source["quantised"] = _description(options, text)
-        with LutWriter(
+        with open_writer(
             out,
             config=checkpoint.config,
             tokenizer=checkpoint.tokenizer,
@@ -100,7 +132,7 @@ class _Conversion:
         checkpoint: Checkpoint,
         options: QuantOptions,
         plan: dict[str, Settings],
-        writer: LutWriter,
+        writer: Writer,
         progress: Progress | None,
     ) -> None:
         self._checkpoint = checkpoint

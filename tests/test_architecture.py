@@ -22,6 +22,7 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
         "tmac_py.decoder",
         "tmac_py.errors",
         "tmac_py.filelock",
+        "tmac_py.generation_defaults",
         "tmac_py.linear",
         "tmac_py.lutfile",
         "tmac_py.lutheader",

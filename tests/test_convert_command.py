@@ -114,6 +114,7 @@ def test_the_examples_in_the_help_are_true(
         if source.endswith(".gguf"):
             write_gguf(tmp_path / source, TINY, tensors)
         else:
+            (tmp_path / source).parent.mkdir(exist_ok=True)
             (tmp_path / source).unlink(missing_ok=True)
             (tmp_path / source).symlink_to(speaking_folder)
         assert program.convert(["--force", source, *arguments]) == 0

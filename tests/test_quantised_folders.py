@@ -246,7 +246,15 @@ SETTINGS = "quantisation settings: "
             "'sparse-24' sparsity is not supported",
         ),
         (packed_settings(4, 32, symmetric=True, config_groups=[]), SETTINGS + "config_groups"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method 'bitsandbytes'"),
+        (
+            {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_quant_storage": "uint8",
+            },
+            "quant_method 'bitsandbytes' is not supported: its NF4 and FP4 codes are not evenly",
+        ),
         ({"quant_method": "aqlm"}, r"'aqlm' is not supported \(auto-round, awq, .*hqq"),
     ],
 )

@@ -130,6 +130,7 @@ class Decoder:
         rope_attention_scale: float,
         sliding_window: int,
         tables: Tables,
+        head_tables: Tables,
     ) -> None: ...
     @property
     def vocab_size(self) -> int: ...
