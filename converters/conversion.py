@@ -60,7 +60,7 @@ def convert_checkpoint(
             config=checkpoint.config,
             tokenizer=checkpoint.tokenizer,
             source=source,
-            ordered=[tensor.name for tensor in checkpoint.tensors if tensor.ordered],
+            ordered=_ordered(checkpoint, plan),
         ) as writer:
             conversion = _Conversion(checkpoint, options, plan, writer, progress)
             calibrated = options.method.calibrated and not plan.keys() <= set(HEADS)
@@ -78,6 +78,12 @@ def needs_calibration(checkpoint: Checkpoint, options: QuantOptions) -> bool:
     return options.target_bpw is not None and options.calibration is not None
 
 
+def _ordered(checkpoint: Checkpoint, plan: dict[str, Settings]) -> list[str]:
+    """The matrices that may get an order."""
+    names = [tensor.name for tensor in checkpoint.tensors if tensor.ordered]
+    return names + [name for name, s in plan.items() if s.act_order and name not in HEADS]
+
+
 def _description(options: QuantOptions, text: CalibrationText | None) -> str:
     """The options that count, for the file."""
     given = {name: value for name, value in asdict(options).items() if value is not None}
@@ -85,6 +91,8 @@ def _description(options: QuantOptions, text: CalibrationText | None) -> str:
     patterns = given.pop("bits_for")
     tokens = given.pop("calibration_tokens")
     given.pop("calibration", None)
+    if not options.act_order:
+        del given["act_order"]
     words = [f"{name}={value}" for name, value in given.items()]
     words += [f"bits_for={pattern}={bits}" for pattern, bits in patterns]
     if text is not None:

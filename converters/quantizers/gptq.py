@@ -26,8 +26,8 @@ def quantize_gptq(matrix: MatrixLike, settings: Settings, inputs: Inputs | None)
         )
         return _EvenSteps(settings, scales[:, 0], offsets[:, 0])
 
-    encoded = encode_with_feedback(matrix, settings.group_size, inputs, fit)
-    return uniform_tensor(encoded, settings.bits, settings.group_size)
+    encoded, order = encode_with_feedback(matrix, settings, inputs, fit)
+    return uniform_tensor(encoded, settings.bits, settings.group_size, order)
 
 
 class _EvenSteps:

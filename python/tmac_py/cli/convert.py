@@ -75,6 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="store an offset per group (default: below 8 bits; hqq and bcq: always)",
     )
     dense.add_argument(
+        "--act-order",
+        action="store_true",
+        default=None,
+        help="gptq and bcq: columns that meet large activations share groups and are rounded first; "
+        "a little better, and a little slower to run",
+    )
+    dense.add_argument(
         "--calibration",
         metavar="FILE",
         help="text in UTF-8 for bcq, gptq, awq and --target-bpw, like what the model will read "
@@ -113,6 +120,7 @@ def execute(args: argparse.Namespace) -> int:
             head_bits=args.head_bits,
             group_size=args.group_size,
             asym=args.asym,
+            act_order=args.act_order,
             requantize=args.requantize,
             lora=args.lora,
             target_bpw=args.target_bpw,
