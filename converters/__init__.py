@@ -132,11 +132,17 @@ def _refuse_idle(
 ) -> None:
     """An option that no matrix would heed is an error, not a silence."""
     dense = {tensor.name for tensor in checkpoint.tensors if tensor.dense}
-    idle = {"bits": not dense - set(HEADS), "head_bits": not dense & set(HEADS)}
+    layers = bool(dense - set(HEADS))
+    idle = {"bits": not layers, "act_order": not layers, "head_bits": not dense & set(HEADS)}
     if useless := [name for name in given if idle.get(name, not dense)]:
         raise UnsupportedError(
             f"{source}: {', '.join(useless)} would have no effect: the matrices concerned are "
             "already quantised, and their codes are kept"
+        )
+    if "quant" in given and options.method.alone is not None and not layers:
+        raise UnsupportedError(
+            f"{source}: quant {options.quant} would have no effect: of the matrices stored as floats, "
+            "only embedding and lm_head, no inputs are known (rtn, mse, hqq and bcq need none)"
         )
     looks = needs_calibration(checkpoint, options)
     if useless := [name for name in given if name.startswith("calibration") and not looks]:

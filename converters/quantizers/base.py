@@ -50,12 +50,17 @@ class Inputs:
     def hessian(self) -> NDArray[np.float32]:
         """``x^T x / tokens``, ``[k, k]``: half the Hessian of the mean squared output error."""
         k = self.x.shape[1]
-        transposed = np.ascontiguousarray(self.x.T)
-        parts = map_threads(
-            lambda start: transposed[start : start + _HESSIAN_ROWS] @ self.x,
-            range(0, k, _HESSIAN_ROWS),
-        )
-        return np.asarray(np.concatenate(parts) / np.float32(len(self.x)))
+        result = np.empty((k, k), np.float32)
+
+        def fill(start: int) -> None:
+            rows = slice(start, start + _HESSIAN_ROWS)
+            part = self.x.T[rows] @ self.x[:, start:]
+            part /= np.float32(len(self.x))
+            result[start:, rows] = part.T
+            result[rows, start:] = part
+
+        map_threads(fill, range(0, k, _HESSIAN_ROWS))
+        return result
 
     @cached_property
     def mean_square(self) -> NDArray[np.float32]:
