@@ -141,8 +141,8 @@ def _refuse_idle(
         )
     if "quant" in given and options.method.alone is not None and not layers:
         raise UnsupportedError(
-            f"{source}: quant {options.quant} would have no effect: of the matrices stored as floats, "
-            "only embedding and lm_head, no inputs are known (rtn, mse, hqq and bcq need none)"
+            f"{source}: quant {options.quant} would have no effect: only embedding and lm_head are "
+            "stored as floats, and it looks at inputs in layers (rtn, mse, hqq and bcq need none)"
         )
     looks = needs_calibration(checkpoint, options)
     if useless := [name for name in given if name.startswith("calibration") and not looks]:

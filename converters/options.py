@@ -25,7 +25,8 @@ class QuantOptions:
     (None: 8) for embedding and lm_head and ``bits`` (None: 4) for others. ``target_bpw`` chooses
     what these leave open, so that the matrices of the file have at most so many bits per weight.
     ``asym`` None stores an offset per group below 8 bits and none at 8. ``group_size`` -1 is the
-    whole row. ``act_order`` groups columns by the size of their inputs (gptq and bcq). ``calibration`` is a text file (None: the one that comes along), of which about
+    whole row. ``act_order`` groups columns by the size of their inputs (gptq and bcq).
+    ``calibration`` is a text file (None: the one that comes along), of which about
     ``calibration_tokens`` are used.
 
     Raises UnsupportedError for values that are not allowed.

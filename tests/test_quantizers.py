@@ -155,7 +155,8 @@ def test_gptq_is_the_algorithm_of_the_paper(act_order: bool, k: int) -> None:
     assert same.mean() > 0.98
     assert np.isclose(q.dequantize()[:, order], values, atol=1e-4).mean() > 0.98
     if act_order:
-        assert q.order is not None and np.array_equal(q.order, order)
+        assert q.order is not None
+        assert np.array_equal(q.order, order)
     else:
         assert q.order is None
 

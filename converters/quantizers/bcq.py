@@ -58,8 +58,8 @@ def quantize_bcq(matrix: MatrixLike, settings: Settings, inputs: Inputs | None) 
             inputs,
             lambda w, importance: _Values(*_encode(w, bits, importance)[1:]),
         )
-    assert encoded.offsets is not None
     codes, scales, offsets = encoded
+    assert offsets is not None
     return bcq_tensor(codes, scales, offsets, group_size=size, order=order)
 
 

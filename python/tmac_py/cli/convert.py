@@ -78,8 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--act-order",
         action="store_true",
         default=None,
-        help="gptq and bcq: columns that meet large activations share groups and are rounded first; "
-        "a little better, and a little slower to run",
+        help="gptq and bcq: group columns by the size of their activations and store their order "
+        "(docs/quantizers.md has what it gains)",
     )
     dense.add_argument(
         "--calibration",
