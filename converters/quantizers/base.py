@@ -46,7 +46,6 @@ class Inputs:
 
     x: NDArray[np.float32]
 
-    @cached_property
     def hessian(self) -> NDArray[np.float32]:
         """``x^T x / tokens``, ``[k, k]``: half the Hessian of the mean squared output error."""
         k = self.x.shape[1]

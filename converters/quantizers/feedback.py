@@ -106,22 +106,25 @@ def _solve(inputs: Inputs, group_size: int, act_order: bool) -> _Solved:
     """Matrices with the same inputs share it."""
     known = _solved.setdefault(inputs, {})
     if (group_size, act_order) not in known:
-        hessian = damped(inputs.hessian)
-        diagonal = hessian.diagonal()
-        order = by_size(diagonal) if act_order else by_group(diagonal, group_size)
-        feedback = error_feedback(hessian[np.ix_(order, order)])
+        plain = inputs.hessian()
+        sizes = plain.diagonal()
+        order = by_size(sizes) if act_order else by_group(sizes, group_size)
+        plain = plain[np.ix_(order, order)]  # [k, k] may be large: each goes as the next one comes
+        hessian = damped(plain)
+        del plain, sizes
+        importance = hessian.diagonal().astype(np.float32)
+        feedback = error_feedback(hessian)
         settled = [_inverse(feedback[g, g]) for g in group_slices(len(order), group_size)]
-        importance = diagonal[order].astype(np.float32)
         known[group_size, act_order] = _Solved(order, feedback, importance, settled)
     return known[group_size, act_order]
 
 
-def by_size(diagonal: NDArray[np.float64]) -> Order:
+def by_size(diagonal: Floats) -> Order:
     """Columns ``[k]``, those of the largest inputs first."""
     return np.argsort(-diagonal, kind="stable").astype(np.int32)
 
 
-def by_group(diagonal: NDArray[np.float64], group_size: int) -> Order:
+def by_group(diagonal: Floats, group_size: int) -> Order:
     """The same within each group, and groups by their largest; a ragged one comes last."""
     k = len(diagonal)
     within = [g.start + by_size(diagonal[g]) for g in group_slices(k, group_size)]
