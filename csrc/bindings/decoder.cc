@@ -77,18 +77,26 @@ std::unique_ptr<PyDecoder> make_decoder(const py::object& embed_tokens, const py
   return self;
 }
 
-py::array_t<float> forward(PyDecoder& self, const py::array& ids, KvCache& cache, ThreadPool& pool,
+py::array_t<float> forward(PyDecoder& self, const py::list& batch, ThreadPool& pool,
                            const std::string& logits) {
   check_argument(logits == "last" || logits == "all", "logits must be 'last' or 'all', not '",
                  logits, "'");
-  const int64_t n = ids.size();
-  const auto* data = array_data<int32_t>(ids, "ids", {n}, "int32");
-  const std::vector<int32_t> own(data, data + n);  // what is checked must not change afterwards
   const bool all = logits == "all";
-  py::array_t<float> out({all ? n : 1, self.decoder->vocab()});
-  float* rows = out.mutable_data();
+  std::vector<std::vector<int32_t>> ids;  // what is checked must not change afterwards
+  std::vector<Sequence> sequences;
+  int64_t rows = 0;
+  for (const py::handle& item : batch) {
+    const auto [array, cache] = item.cast<std::pair<py::array, KvCache*>>();
+    const int64_t n = array.size();
+    const auto* data = array_data<int32_t>(array, "ids", {n}, "int32");
+    ids.emplace_back(data, data + n);
+    sequences.push_back({ids.back().data(), n, cache});
+    rows += all ? n : 1;
+  }
+  py::array_t<float> out({rows, self.decoder->vocab()});
+  float* data = out.mutable_data();
   py::gil_scoped_release release;
-  self.decoder->forward(own.data(), n, all, cache, pool, rows);
+  self.decoder->forward(sequences, all, pool, data);
   return out;
 }
 
@@ -120,8 +128,8 @@ void bind_decoder(py::module_& module) {
            "rope_attention_scale"_a, "sliding_window"_a, "tables"_a)
       .def_property_readonly("vocab_size",
                              [](const PyDecoder& self) { return self.decoder->vocab(); })
-      .def("forward", &forward, "ids"_a, "cache"_a, "pool"_a, py::kw_only(), "logits"_a = "last",
-           "Appends the tokens to the cache; logits [1, vocab] of the last or [n, vocab] of all.");
+      .def("forward", &forward, "batch"_a, "pool"_a, py::kw_only(), "logits"_a = "last",
+           "Appends to each cache its ids; logits of the last of each, or of all ids.");
 }
 
 }  // namespace tmac

@@ -43,7 +43,15 @@ struct LayerPlans {
   InputPlan qkv, o, gate_up, down;
 };
 
+// The next tokens of one sequence.
+struct Sequence {
+  const int32_t* ids;  // [n]
+  int64_t n;
+  KvCache* cache;  // what came before; grows by them
+};
+
 struct Activations;
+struct Token;
 
 // One model: const weights, shared by every cache and thread.
 class Decoder {
@@ -54,14 +62,16 @@ class Decoder {
 
   int64_t vocab() const { return weights_.lm_head.spec.m; }
 
-  // Appends n tokens to the cache. logits: [vocab] of the last token, or [n, vocab] if `all`.
-  // Throws std::invalid_argument for an id outside the vocabulary, a cache of another shape or one
-  // without room; the cache is then unchanged.
-  void forward(const int32_t* ids, int64_t n, bool all, KvCache& cache, ThreadPool& pool,
-               float* logits);
+  // Appends to each cache the tokens of its sequence; all of them share the passes over the
+  // weights. logits: [batch, vocab] of the last tokens, or [tokens of all sequences, vocab] if
+  // `all`. Throws std::invalid_argument for an id outside the vocabulary and for a cache that is of
+  // another shape, has no room or stands twice in the batch, std::runtime_error for one that is in
+  // use; all caches are then unchanged.
+  void forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool, float* logits);
 
  private:
   struct Pass;
+  std::vector<Token> check_batch(const std::vector<Sequence>& batch) const;
   int64_t most_regions() const;
   // Tokens on their way through the layers together; `all`: and through the head.
   int64_t tokens_at_once(bool all) const;

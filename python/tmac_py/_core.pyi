@@ -126,8 +126,7 @@ class Decoder:
     def vocab_size(self) -> int: ...
     def forward(
         self,
-        ids: NDArray[np.int32],
-        cache: KvCache,
+        batch: list[tuple[NDArray[np.int32], KvCache]],
         pool: ThreadPool,
         *,
         logits: Literal["last", "all"] = "last",

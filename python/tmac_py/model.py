@@ -160,23 +160,55 @@ class Model:
             OptionError: an id is outside the vocabulary, or the cache is another model's.
             TmacError: another thread uses the cache, or the model is closed.
         """
-        checked = self._check_ids(ids)
-        if cache.pos + len(checked) > cache.n_ctx:
-            raise ContextError(
-                f"{len(checked)} tokens do not fit: the context holds {cache.n_ctx} "
-                f"and {cache.pos} are in use"
-            )
+        return self.forward_batch([ids], [cache], logits)[0]
+
+    def forward_batch(
+        self,
+        ids: Sequence[ArrayLike],
+        caches: Sequence[_core.KvCache],
+        logits: Literal["last", "all"] = "last",
+    ) -> list[Logits]:
+        """Run several sequences through the model in one pass over the weights.
+
+        Up to 16 ids in all, each sequence gets what it would get alone, bit for bit; more are
+        multiplied as the ids of one longer prompt are.
+
+        Args:
+            ids: for each sequence its next ids, at least one.
+            caches: what came before, one for each sequence; each grows by its ids.
+            logits: for the last id of each or for all.
+
+        Returns:
+            for each sequence float32 [vocab] for "last", float32 [n, vocab] for "all".
+
+        Raises:
+            as :meth:`forward`; all caches are then unchanged.
+        """
         if logits not in ("last", "all"):
             raise OptionError(f"logits is {logits!r}; allowed: 'last', 'all'")
+        if not ids or len(ids) != len(caches):
+            raise OptionError(
+                f"{len(ids)} sequences of ids and {len(caches)} caches; allowed: as many of each, "
+                "at least one"
+            )
+        batch = [(self._check_ids(own), cache) for own, cache in zip(ids, caches, strict=True)]
+        for own, cache in batch:
+            if cache.pos + len(own) > cache.n_ctx:
+                raise ContextError(
+                    f"{len(own)} tokens do not fit: the context holds {cache.n_ctx} "
+                    f"and {cache.pos} are in use"
+                )
         try:
-            out = self._open_decoder().forward(checked, cache, self._pool, logits=logits)
+            out = self._open_decoder().forward(batch, self._pool, logits=logits)
         except ValueError as error:
             raise OptionError(str(error)) from error
         except RuntimeError as error:
             if _BUSY not in str(error):
                 raise
             raise TmacError(str(error)) from error
-        return out if logits == "all" else out[0]
+        if logits == "last":
+            return list(out)
+        return np.split(out, np.cumsum([len(own) for own, _ in batch])[:-1])
 
     def logits(self, ids: ArrayLike) -> Logits:
         """Logits after each of ``ids`` from an empty context: float32 [n, vocab].

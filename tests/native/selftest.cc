@@ -136,7 +136,7 @@ void run_rms_norm(Reader& in, Writer& out) {
   const float eps = in.real();
   const auto x = in.array<float>(n), weight = in.array<float>(n);
   std::vector<float> y(x.size());
-  kernels().rms_norm(x.data(), weight.data(), n, eps, y.data());
+  vector_kernels().rms_norm(x.data(), weight.data(), n, eps, y.data());
   out.array(y);
 }
 
@@ -144,7 +144,7 @@ void run_silu_multiply(Reader& in, Writer& out) {
   const int64_t n = in.integer();
   auto gate = in.array<float>(n);
   const auto up = in.array<float>(n);
-  kernels().silu_multiply(gate.data(), up.data(), n);
+  vector_kernels().silu_multiply(gate.data(), up.data(), n);
   out.array(gate);
 }
 
@@ -152,7 +152,7 @@ void run_add(Reader& in, Writer& out) {
   const int64_t n = in.integer();
   auto x = in.array<float>(n);
   const auto y = in.array<float>(n);
-  kernels().add(x.data(), y.data(), n);
+  vector_kernels().add(x.data(), y.data(), n);
   out.array(x);
 }
 
@@ -160,7 +160,7 @@ void run_to_half(Reader& in, Writer& out) {
   const int64_t n = in.integer();
   const auto x = in.array<float>(n);
   std::vector<uint16_t> half(x.size());
-  kernels().to_half(x.data(), half.data(), n);
+  vector_kernels().to_half(x.data(), half.data(), n);
   out.array(half);
 }
 
@@ -170,8 +170,8 @@ void run_attend(Reader& in, Writer& out) {
   const auto q = in.array<float>(head_dim);
   const auto keys = in.array<uint16_t>(n * head_dim), values = in.array<uint16_t>(n * head_dim);
   std::vector<float> scores(static_cast<size_t>(n)), y(q.size());
-  kernels().attend(q.data(), keys.data(), values.data(), n, head_dim, scale, scores.data(),
-                   y.data());
+  vector_kernels().attend(q.data(), keys.data(), values.data(), n, head_dim, scale, scores.data(),
+                          y.data());
   out.array(y);
 }
 

@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "model/activations.h"
+#include "model/decoder.h"
+
+namespace tmac {
+
+// A token on its way, and where its keys and values go.
+struct Token {
+  int32_t id;
+  KvCache* cache;
+  int64_t pos;
+};
+
+// As many tokens as the plans allow at once on their way through the layers, as one thread of the
+// team sees it. The tokens of one sequence stand together, in order.
+struct Decoder::Pass {
+ public:
+  Pass(const Decoder& decoder, Activations& activations, Team& members, const Token* first_token,
+       int64_t n_tokens)
+      : model(decoder), a(activations), team(members), tokens(first_token), n(n_tokens) {}
+
+  void embed();
+  void layer(size_t index);
+  // Logits [count, vocab] of tokens of this pass; `outputs` count from `first`, its first token.
+  void head(const int64_t* outputs, int64_t count, int64_t first, float* logits);
+
+ private:
+  struct Product {
+    const Linear& w;
+    float* y;  // [tokens, w.spec.m]
+  };
+
+  // pass.cc
+  template <typename TokenAt>
+  void norm_into_inputs(const float* weight, const InputPlan& plan, int64_t count,
+                        const TokenAt& token_at);
+  void norm_into_inputs(const float* weight, const InputPlan& plan);
+  void multiply(const InputPlan& plan, std::initializer_list<Product> products, int64_t count);
+  void multiply_add(const Linear& w, Inputs& inputs, const InputPlan& plan);
+  void feed_forward(const LayerWeights& w, const LayerPlans& plans);
+  // attention.cc
+  void store_keys_and_values(int64_t layer);
+  void attend(int64_t layer, const InputPlan& o_plan);
+
+  const Decoder& model;
+  Activations& a;
+  Team& team;
+  const Token* const tokens;  // [n]
+  const int64_t n;
+
+  const DecoderConfig& config = model.config_;
+  const DecoderWeights& weights = model.weights_;
+  const VectorKernels& isa = vector_kernels();
+  const int64_t hidden = weights.embed_tokens.spec.k;
+  const int64_t head_dim = config.head_dim;
+  const int64_t half_dim = config.head_dim / 2;
+  const int64_t q_width = config.n_heads * config.head_dim;
+  const int64_t kv_width = config.n_kv_heads * config.head_dim;
+};
+
+}  // namespace tmac
