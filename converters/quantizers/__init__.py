@@ -18,8 +18,8 @@ __all__ = ["METHODS", "Inputs", "Method", "Quantizer", "Settings", "fold_scales"
 class Method:
     """A quantiser and what it needs.
 
-    ``calibrated``: inputs of the matrices; those over the vocabulary have none and
-    are quantised by ``alone``, if it is not the same.
+    ``calibrated``: inputs of the matrices; the embedding has none and is quantised by
+    ``alone``, if it is not the same.
     ``folds``: scales are folded into a layer first. ``offsets``: an offset per group always.
     ``binary``: binary-coded up to 4 bits. ``orders``: may put columns in another order.
     """

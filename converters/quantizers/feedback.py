@@ -56,7 +56,7 @@ class _Solved(NamedTuple):
     importance: Floats
     """The diagonal, damped."""
     settled: list[Floats]
-    """For each group: what carries errors of earlier ones through it."""
+    """For each group but the first: what carries errors of earlier ones through it."""
 
 
 _solved: WeakKeyDictionary[Inputs, dict[tuple[int, bool], _Solved]] = WeakKeyDictionary()
@@ -107,14 +107,14 @@ def _solve(inputs: Inputs, group_size: int, act_order: bool) -> _Solved:
     known = _solved.setdefault(inputs, {})
     if (group_size, act_order) not in known:
         plain = inputs.hessian()
-        sizes = plain.diagonal()
+        sizes = plain.diagonal().copy()
         order = by_size(sizes) if act_order else by_group(sizes, group_size)
         plain = plain[np.ix_(order, order)]  # [k, k] may be large: each goes as the next one comes
         hessian = damped(plain)
-        del plain, sizes
+        del plain
         importance = hessian.diagonal().astype(np.float32)
         feedback = error_feedback(hessian)
-        settled = [_inverse(feedback[g, g]) for g in group_slices(len(order), group_size)]
+        settled = [_inverse(feedback[g, g]) for g in group_slices(len(order), group_size)[1:]]
         known[group_size, act_order] = _Solved(order, feedback, importance, settled)
     return known[group_size, act_order]
 
@@ -177,7 +177,7 @@ def _encode(w: Floats, groups: list[slice], solved: _Solved, fit: Fit) -> Encode
         before = columns.start
         shift = feedback[:before, columns].T @ errors[:before]
         target = weights[columns] + shift
-        expected = weights[columns] + solved.settled[g].T @ shift if before else target
+        expected = weights[columns] + solved.settled[g - 1].T @ shift if before else target
         grid = fit(expected, solved.importance[columns])
         grids.append(grid)
         for start in range(columns.start, columns.stop, _BLOCK):
