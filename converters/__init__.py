@@ -69,6 +69,7 @@ def convert(
     head_bits: int | None = None,
     group_size: int | None = None,
     asym: bool | None = None,
+    act_order: bool | None = None,
     target_bpw: float | None = None,
     calibration: str | Path | None = None,
     calibration_tokens: int | None = None,
@@ -102,6 +103,7 @@ def convert(
             ("head_bits", head_bits),
             ("group_size", group_size),
             ("asym", asym),
+            ("act_order", act_order),
             ("target_bpw", target_bpw),
             ("calibration", calibration),
             ("calibration_tokens", calibration_tokens),
@@ -144,11 +146,17 @@ def _refuse_idle(
 ) -> None:
     """An option that no matrix would heed is an error, not a silence."""
     dense = {tensor.name for tensor in checkpoint.tensors if tensor.dense}
-    idle = {"bits": not dense - set(HEADS), "head_bits": not dense & set(HEADS)}
+    layers = bool(dense - set(HEADS))
+    idle = {"bits": not layers, "act_order": not layers, "head_bits": not dense & set(HEADS)}
     if useless := [name for name in given if idle.get(name, not dense)]:
         raise UnsupportedError(
             f"{source}: {', '.join(useless)} would have no effect: the matrices concerned are "
             "already quantised, and their codes are kept"
+        )
+    if "quant" in given and options.method.alone is not None and not layers:
+        raise UnsupportedError(
+            f"{source}: quant {options.quant} would have no effect: only embedding and lm_head are "
+            "stored as floats, and it looks at inputs in layers (rtn, mse, hqq and bcq need none)"
         )
     looks = needs_calibration(checkpoint, options)
     if useless := [name for name in given if name.startswith("calibration") and not looks]:

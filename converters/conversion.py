@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from tmac_py.converters.calibration import CalibrationText, read_text, token_texts
 from tmac_py.converters.checkpoint import HEADS, Checkpoint, TensorSource
-from tmac_py.converters.llama_forward import Layer, LlamaForward
+from tmac_py.converters.llama_forward import Layer, LlamaForward, flat
 from tmac_py.converters.model_layers import (
     EMBEDDING,
+    FINAL_NORM,
+    LM_HEAD,
     as_floats,
     embed,
     find,
@@ -92,7 +94,7 @@ def convert_checkpoint(
             config=checkpoint.config,
             tokenizer=checkpoint.tokenizer,
             source=source,
-            ordered=[tensor.name for tensor in checkpoint.tensors if tensor.ordered],
+            ordered=_ordered(checkpoint, plan),
         ) as writer:
             conversion = _Conversion(checkpoint, options, plan, writer, progress)
             calibrated = options.method.calibrated and not plan.keys() <= set(HEADS)
@@ -110,6 +112,12 @@ def needs_calibration(checkpoint: Checkpoint, options: QuantOptions) -> bool:
     return options.target_bpw is not None and options.calibration is not None
 
 
+def _ordered(checkpoint: Checkpoint, plan: dict[str, Settings]) -> list[str]:
+    """The matrices that may get an order."""
+    names = [tensor.name for tensor in checkpoint.tensors if tensor.ordered]
+    return names + [name for name, s in plan.items() if s.act_order and name != EMBEDDING]
+
+
 def _description(options: QuantOptions, text: CalibrationText | None) -> str:
     """The options that count, for the file."""
     given = {name: value for name, value in asdict(options).items() if value is not None}
@@ -117,6 +125,8 @@ def _description(options: QuantOptions, text: CalibrationText | None) -> str:
     patterns = given.pop("bits_for")
     tokens = given.pop("calibration_tokens")
     given.pop("calibration", None)
+    if not options.act_order:
+        del given["act_order"]
     words = [f"{name}={value}" for name, value in given.items()]
     words += [f"bits_for={pattern}={bits}" for pattern, bits in patterns]
     if text is not None:
@@ -181,9 +191,11 @@ class _Conversion:
 
             forward.run_layer(layer, hidden, visit)
         inside = {tensor.name for tensors in layers for tensor in tensors.values()}
-        self.write(
-            [t for t in self._checkpoint.tensors if t.name not in inside and t.name != EMBEDDING]
-        )
+        for tensor in self._checkpoint.tensors:
+            if tensor.name == LM_HEAD and tensor.dense:
+                self._write_lm_head(tensor, forward, hidden)
+            elif tensor.name not in inside and tensor.name != EMBEDDING:
+                self.write([tensor])
 
     def _load(self, tensor: TensorSource) -> QuantTensor | NDArray[np.float32]:
         loaded = tensor.load()
@@ -209,6 +221,19 @@ class _Conversion:
             hidden = embed(loaded, texts)
         self._add(tensor, loaded)
         return hidden
+
+    def _write_lm_head(
+        self, tensor: TensorSource, forward: LlamaForward, hidden: NDArray[np.float32]
+    ) -> None:
+        norm = find(self._checkpoint, FINAL_NORM)
+        with naming_tensor(FINAL_NORM):
+            inputs = Inputs(flat(forward.normalise(hidden, as_floats(norm.load()))))
+        self._start(tensor)
+        with naming_tensor(LM_HEAD):
+            loaded = tensor.load()
+            assert not isinstance(loaded, QuantTensor)
+            quantised = self._quantize(tensor, loaded, inputs)
+        self._add(tensor, quantised)
 
     def _load_layer(self, tensors: dict[str, TensorSource]) -> Layer:
         """The layer in float32; matrices whose codes are kept are written here."""

@@ -87,6 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="store an offset per group (default: below 8 bits; hqq and bcq: always)",
     )
     dense.add_argument(
+        "--act-order",
+        action="store_true",
+        default=None,
+        help="gptq and bcq: group columns by the size of their activations and store their order "
+        "(docs/quantizers.md has what it gains)",
+    )
+    dense.add_argument(
         "--calibration",
         metavar="FILE",
         help="text in UTF-8 for bcq, gptq, awq and --target-bpw, like what the model will read "
@@ -139,6 +146,7 @@ def _convert(args: argparse.Namespace, out: Path, *, verify: bool) -> float:
             head_bits=args.head_bits,
             group_size=args.group_size,
             asym=args.asym,
+            act_order=args.act_order,
             requantize=args.requantize,
             lora=args.lora,
             target_bpw=args.target_bpw,
