@@ -22,6 +22,7 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
         "tmac_py.decoder",
         "tmac_py.errors",
         "tmac_py.filelock",
+        "tmac_py.generation_defaults",
         "tmac_py.linear",
         "tmac_py.lutfile",
         "tmac_py.lutheader",
@@ -40,11 +41,14 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
     "converters": ("tmac_py.converters",),
     "runner": (
         "tmac_py",
+        "tmac_py.benchmark",
         "tmac_py.chat",
+        "tmac_py.decoding",
         "tmac_py.default_model",
         "tmac_py.generate",
         "tmac_py.model",
         "tmac_py.sampling",
+        "tmac_py.speculative",
     ),
     "cli": ("tmac_py.cli", "tmac_py.__main__"),
 }

@@ -76,6 +76,16 @@ def silu_multiply(name: str, gate: Floats, up: Floats) -> VectorCase:
     return VectorCase(name, "silu_multiply", (len(gate),), (gate, up), want, tolerance)
 
 
+def sum_exponentials(name: str, x: Floats) -> VectorCase:
+    largest = x.max()
+    terms = np.exp(np.maximum(x.astype(np.float64) - float(largest), EXP_LOWEST))
+    want = np.array([terms.sum()])
+    # A difference rounds once, which moves its term by as much as it is large; then n additions.
+    in_difference = gamma(1) * np.minimum(float(largest) - x.astype(np.float64), -EXP_LOWEST)
+    tolerance = terms @ np.expm1(in_difference) + (EXP_ERROR + gamma(len(x) + 1)) * want
+    return VectorCase(name, "sum_exponentials", (len(x), float(largest)), (x,), want, tolerance)
+
+
 def attend(
     name: str, q: Floats, keys: NDArray[np.float16], values: NDArray[np.float16]
 ) -> VectorCase:
@@ -144,6 +154,8 @@ def vector_cases() -> list[VectorCase]:
             name = f"n={n} scale={scale}"
             cases.append(rms_norm(f"rms_norm {name}", normal(n, scale=scale), normal(n), 1e-5))
             cases.append(silu_multiply(f"silu {name}", normal(n, scale=20 * scale), normal(n)))
+        for scale in (1.0, 30.0):
+            cases.append(sum_exponentials(f"n={n} scale={scale}", normal(n, scale=scale)))
         x, y = normal(n), normal(n, scale=1e3)
         cases.append(VectorCase(f"add n={n}", "add", (n,), (x, y), x + y))
     gate = np.linspace(-100, 100, 4001, dtype=np.float32)
@@ -164,6 +176,8 @@ def vector_cases() -> list[VectorCase]:
             cases.append(rms_norm(f"rms_norm NaN {where}", spoilt(x, at), weight, 1e-5))
             for value in (np.nan, np.inf, -np.inf):
                 cases.append(silu_multiply(f"silu {value} {where}", spoilt(x, at, value), weight))
+            forbidden = spoilt(normal(n), at, -np.inf)
+            cases.append(sum_exponentials(f"sum_exponentials -inf {where}", forbidden))
             q, keys, values = normal(64), halves(n, 64), halves(n, 64)
             cases.append(attend(f"attend NaN in q {where}", spoilt(q, at), keys, values))
             cases.append(attend(f"attend NaN in key {where}", q, spoilt(keys, (at, 5)), values))

@@ -40,7 +40,7 @@ std::unique_ptr<PyDecoder> make_decoder(const py::object& embed_tokens, const py
                                         int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
                                         float rms_norm_eps, const py::array& inv_freq,
                                         float rope_attention_scale, int64_t sliding_window,
-                                        const std::string& tables) {
+                                        const std::string& tables, const std::string& head_tables) {
   DecoderConfig config;
   config.n_heads = n_heads;
   config.n_kv_heads = n_kv_heads;
@@ -51,6 +51,7 @@ std::unique_ptr<PyDecoder> make_decoder(const py::object& embed_tokens, const py
   config.rope_attention_scale = rope_attention_scale;
   config.sliding_window = sliding_window;
   config.tables = parse_tables(tables);
+  config.head_tables = parse_tables(head_tables);
 
   auto self = std::make_unique<PyDecoder>();
   const WeightReader read(&self->keep_alive);
@@ -125,7 +126,7 @@ void bind_decoder(py::module_& module) {
                         "Const weights of one model; shared by every cache and thread.")
       .def(py::init(&make_decoder), py::kw_only(), "embed_tokens"_a, "lm_head"_a, "final_norm"_a,
            "layers"_a, "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "rms_norm_eps"_a, "inv_freq"_a,
-           "rope_attention_scale"_a, "sliding_window"_a, "tables"_a)
+           "rope_attention_scale"_a, "sliding_window"_a, "tables"_a, "head_tables"_a)
       .def_property_readonly("vocab_size",
                              [](const PyDecoder& self) { return self.decoder->vocab(); })
       .def("forward", &forward, "batch"_a, "pool"_a, py::kw_only(), "logits"_a = "last",

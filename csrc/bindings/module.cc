@@ -27,6 +27,7 @@ PYBIND11_MODULE(_core, module) {
   tmac::bind_linear(module);
   tmac::bind_groups(module);
   tmac::bind_decoder(module);
+  tmac::bind_sampler(module);
   module.def(
       "read_bandwidth",
       [](int64_t nbytes, tmac::ThreadPool& pool) {

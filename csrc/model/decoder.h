@@ -20,6 +20,7 @@ struct DecoderConfig {
   float rope_attention_scale = 1;
   int64_t sliding_window = 0;  // 0: attend to every earlier position
   Tables tables = Tables::kInt8;
+  Tables head_tables = Tables::kInt8;  // of lm_head
 };
 
 struct LayerWeights {

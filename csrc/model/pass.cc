@@ -6,11 +6,11 @@
 
 namespace tmac {
 
-// norm(x) of the tokens token_at(0 .. count) as tokens 0.. of a.inputs. For one token the threads
+// norm(x) of the tokens token_at(0 .. count) as tokens 0.. of the inputs. For one token the threads
 // share the regions, and each computes the norm for itself.
 template <typename TokenAt>
-void Decoder::Pass::norm_into_inputs(const float* weight, const InputPlan& plan, int64_t count,
-                                     const TokenAt& token_at) {
+void Decoder::Pass::norm_into_inputs(const float* weight, Inputs& inputs, const InputPlan& plan,
+                                     int64_t count, const TokenAt& token_at) {
   const int64_t parts = count == 1 ? team.threads() : 1;
   const int64_t n_regions = plan.regions(count).size();
   float* normed = a.normed.data() + team.thread() * hidden;
@@ -18,14 +18,14 @@ void Decoder::Pass::norm_into_inputs(const float* weight, const InputPlan& plan,
     for (int64_t i = begin; i < end; ++i) {
       const int64_t t = i / parts, part = i % parts;
       isa.rms_norm(a.x.data() + token_at(t) * hidden, weight, hidden, config.rms_norm_eps, normed);
-      a.inputs.build(plan, count, t, n_regions * part / parts, n_regions * (part + 1) / parts,
-                     normed);
+      inputs.build(plan, count, t, n_regions * part / parts, n_regions * (part + 1) / parts,
+                   normed);
     }
   });
 }
 
 void Decoder::Pass::norm_into_inputs(const float* weight, const InputPlan& plan) {
-  norm_into_inputs(weight, plan, n, [](int64_t t) { return t; });
+  norm_into_inputs(weight, a.inputs, plan, n, [](int64_t t) { return t; });
 }
 
 void Decoder::Pass::embed() {
@@ -43,7 +43,7 @@ void Decoder::Pass::layer(size_t i) {
   const LayerWeights& w = weights.layers[i];
   const LayerPlans& plans = model.plans_[i];
   norm_into_inputs(w.input_norm, plans.qkv);
-  multiply(plans.qkv, {{w.q, a.q.data()}, {w.k, a.k.data()}, {w.v, a.v.data()}}, n);
+  multiply(a.inputs, plans.qkv, {{w.q, a.q.data()}, {w.k, a.k.data()}, {w.v, a.v.data()}}, n);
   store_keys_and_values(static_cast<int64_t>(i));
   attend(static_cast<int64_t>(i), plans.o);
   multiply_add(w.o, a.inputs, plans.o);
@@ -54,14 +54,14 @@ void Decoder::Pass::layer(size_t i) {
 
 void Decoder::Pass::head(const int64_t* outputs, int64_t count, int64_t first, float* logits) {
   if (count == 0) return;
-  norm_into_inputs(weights.final_norm, model.head_plan_, count,
+  norm_into_inputs(weights.final_norm, a.head_inputs(), model.head_plan_, count,
                    [&](int64_t i) { return outputs[i] - first; });
-  multiply(model.head_plan_, {{weights.lm_head, logits}}, count);
+  multiply(a.head_inputs(), model.head_plan_, {{weights.lm_head, logits}}, count);
 }
 
 // All products of one input, their tiles dealt out together.
-void Decoder::Pass::multiply(const InputPlan& plan, std::initializer_list<Product> products,
-                             int64_t count) {
+void Decoder::Pass::multiply(Inputs& inputs, const InputPlan& plan,
+                             std::initializer_list<Product> products, int64_t count) {
   const int64_t at_once = tiles_at_once(count);
   const auto pieces_of = [&](const Product& p) { return ceil_div(p.w.spec.n_tiles(), at_once); };
   int64_t pieces = 0;
@@ -74,7 +74,7 @@ void Decoder::Pass::multiply(const InputPlan& plan, std::initializer_list<Produc
       const auto tile = [&](int64_t piece) {
         return std::min(std::clamp<int64_t>(piece - before, 0, here) * at_once, p.w.spec.n_tiles());
       };
-      multiply_tiles(team, p.w, a.inputs, plan, reader++, count, tile(begin), tile(end), p.y,
+      multiply_tiles(team, p.w, inputs, plan, reader++, count, tile(begin), tile(end), p.y,
                      p.w.spec.m);
       before += here;
     }

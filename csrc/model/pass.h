@@ -36,10 +36,11 @@ struct Decoder::Pass {
 
   // pass.cc
   template <typename TokenAt>
-  void norm_into_inputs(const float* weight, const InputPlan& plan, int64_t count,
+  void norm_into_inputs(const float* weight, Inputs& inputs, const InputPlan& plan, int64_t count,
                         const TokenAt& token_at);
   void norm_into_inputs(const float* weight, const InputPlan& plan);
-  void multiply(const InputPlan& plan, std::initializer_list<Product> products, int64_t count);
+  void multiply(Inputs& inputs, const InputPlan& plan, std::initializer_list<Product> products,
+                int64_t count);
   void multiply_add(const Linear& w, Inputs& inputs, const InputPlan& plan);
   void feed_forward(const LayerWeights& w, const LayerPlans& plans);
   // attention.cc

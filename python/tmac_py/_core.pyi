@@ -130,6 +130,7 @@ class Decoder:
         rope_attention_scale: float,
         sliding_window: int,
         tables: Tables,
+        head_tables: Tables,
     ) -> None: ...
     @property
     def vocab_size(self) -> int: ...
@@ -152,3 +153,30 @@ class KvCache:
     @property
     def nbytes(self) -> int: ...
     def truncate(self, pos: int) -> None: ...
+
+class Sampler:
+    """Chooses tokens. Holds the random state; one thread at a time."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repeat_penalty: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+        logit_bias: Sequence[tuple[int, float]],
+        state: tuple[int, int],
+        increment: tuple[int, int],
+    ) -> None: ...
+    def sample(self, logits: NDArray[np.float32], recent: Sequence[int]) -> tuple[int, float]: ...
+    def distribution(
+        self, logits: NDArray[np.float32], recent: Sequence[int]
+    ) -> tuple[NDArray[np.int32], NDArray[np.float64]]: ...
+    def draw(self, shares: NDArray[np.float64]) -> int: ...
+    def uniform(self) -> float: ...
+
+def log_probability(logits: NDArray[np.float32], id: int) -> float: ...
+def most_likely(logits: NDArray[np.float32], k: int) -> list[tuple[int, float]]: ...

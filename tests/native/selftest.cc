@@ -156,6 +156,14 @@ void run_add(Reader& in, Writer& out) {
   out.array(x);
 }
 
+void run_sum_exponentials(Reader& in, Writer& out) {
+  const int64_t n = in.integer();
+  const float largest = in.real();
+  const auto x = in.array<float>(n);
+  const float sum = vector_kernels().sum_exponentials(x.data(), n, largest);
+  out.array(&sum, 1);
+}
+
 void run_to_half(Reader& in, Writer& out) {
   const int64_t n = in.integer();
   const auto x = in.array<float>(n);
@@ -179,8 +187,8 @@ void run_cases(const std::string& isa, const std::string& cases, const std::stri
   const std::map<std::string, void (*)(Reader&, Writer&)> operations = {
       {"linear", run_linear},     {"layout", run_layout},
       {"rms_norm", run_rms_norm}, {"silu_multiply", run_silu_multiply},
-      {"add", run_add},           {"to_half", run_to_half},
-      {"attend", run_attend}};
+      {"add", run_add},           {"sum_exponentials", run_sum_exponentials},
+      {"to_half", run_to_half},   {"attend", run_attend}};
   use_isa(isa);
   require(kernels().name == isa, isa + " did not become active");
   Reader in(cases);
