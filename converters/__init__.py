@@ -98,8 +98,6 @@ def convert(
     }
     options = QuantOptions(**given)
     checkpoint = open_checkpoint(source)
-    with naming(Path(source)):
-        checkpoint.config.check_runnable()
     if lora is not None:
         checkpoint = merge_lora(checkpoint, Path(lora))
     _check_codebooks(source, checkpoint, requantize)

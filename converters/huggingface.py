@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tmac_py.config import ModelConfig
 from tmac_py.converters.bitnet import master_formats
@@ -21,12 +23,15 @@ from tmac_py.converters.checkpoint import (
     listed,
     naming,
 )
+from tmac_py.converters.fused import Stored, stored_matrices, take_rows
 from tmac_py.converters.huggingface_tokenizer import read_tokenizer_files
 from tmac_py.converters.json_file import read_object
 from tmac_py.converters.quantization_config import all_dense, format_of, read_settings
 from tmac_py.converters.safetensors_file import StoredTensor, read_header
 from tmac_py.converters.weight_format import DENSE, FLOATS, Expected, Parts, WeightFormat
 from tmac_py.errors import ModelFileError, TmacError, UnsupportedError
+from tmac_py.families import family_of
+from tmac_py.quant import MatrixLike, QuantTensor
 from tmac_py.tokenizer import Tokenizer
 
 _SINGLE = "model.safetensors"
@@ -71,15 +76,16 @@ def read(path: Path) -> Checkpoint:
         if not _UNUSED.fullmatch(name)
         and not (name == "lm_head.weight" and config.tie_word_embeddings)
     }
+    family = family_of(raw_config)
     shapes = config.tensor_shapes()
-    parts = _by_matrix(stored, shapes)
+    places = stored_matrices(shapes, family.fused)
+    vectors = {name: shape for name, shape in shapes.items() if len(shape) == 1}
+    matrices = {place.name: place.shape for place in places.values()}
+    parts = _by_matrix(stored, matrices, vectors)
     weights: dict[str, WeightFormat] = {}
-    expected: dict[str, Expected] = {}
+    expected = {name: Expected(shape, FLOATS) for name, shape in vectors.items()}
     with naming(path):
-        for name, shape in shapes.items():
-            if len(shape) == 1:
-                expected[name] = Expected(shape, FLOATS)
-                continue
+        for name, shape in matrices.items():
             module = name.removesuffix(_WEIGHT)
             try:
                 weights[name] = DENSE if name == _EMBEDDING else formats(module, parts[name])
@@ -96,9 +102,9 @@ def read(path: Path) -> Checkpoint:
         tokenizer=files,
         source=source,
         tensors=[
-            _matrix(name, shape, weights[name], parts[name])
-            if name in weights
-            else _vector(name, stored[name])
+            _matrix(name, shape, places[name], weights, parts)
+            if name in places
+            else _vector(name, stored[name], family.norm_offset)
             for name, shape in shapes.items()
         ],
         warnings=() if files else (NO_TOKENIZER.format(path),),
@@ -113,15 +119,15 @@ def _ours(name: str) -> str:
 
 
 def _by_matrix(
-    stored: Mapping[str, StoredTensor], shapes: Mapping[str, Shape]
+    stored: Mapping[str, StoredTensor], matrices: Iterable[str], vectors: Container[str]
 ) -> dict[str, dict[str, StoredTensor]]:
     """For each matrix the tensors of its module, by what follows the module's name."""
-    parts: dict[str, dict[str, StoredTensor]] = {n: {} for n, s in shapes.items() if len(s) == 2}
+    parts: dict[str, dict[str, StoredTensor]] = {name: {} for name in matrices}
     for name, tensor in stored.items():
         module = name.rpartition(".")[0]
         while module and module + _WEIGHT not in parts:
             module = module.rpartition(".")[0]
-        if module and len(shapes.get(name, ())) != 1:
+        if module and name not in vectors:
             parts[module + _WEIGHT][name[len(module) + 1 :]] = tensor
     return parts
 
@@ -184,10 +190,25 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _vector(name: str, tensor: StoredTensor) -> TensorSource:
-    return TensorSource(name, tensor.shape, lambda: as_float32(tensor.load()))
+def _vector(name: str, tensor: StoredTensor, norm_offset: float) -> TensorSource:
+    def load() -> NDArray[np.float32]:
+        values = as_float32(tensor.load())
+        return values + np.float32(norm_offset) if name.endswith("norm.weight") else values
+
+    return TensorSource(name, tensor.shape, load)
 
 
-def _matrix(name: str, shape: Shape, weights: WeightFormat, parts: Parts) -> TensorSource:
-    load = partial(weights.load, shape, parts)
+def _matrix(
+    name: str,
+    shape: Shape,
+    place: Stored,
+    formats: Mapping[str, WeightFormat],
+    parts: Mapping[str, Parts],
+) -> TensorSource:
+    weights = formats[place.name]
+
+    def load() -> QuantTensor | MatrixLike:
+        whole = weights.load(place.shape, parts[place.name])
+        return take_rows(whole, place.row, shape)
+
     return TensorSource(name, shape, load, dense=weights.dense, ordered=weights.ordered)
