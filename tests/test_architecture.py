@@ -16,6 +16,7 @@ CSRC_LAYERS = ("core", "layout", "simd", "kernels", "ops", "model", "bindings")
 PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
     "core": ("tmac_py._core",),
     "data": (
+        "tmac_py.blockwriter",
         "tmac_py.checks",
         "tmac_py.config",
         "tmac_py.decoder",
@@ -35,6 +36,7 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
         "tmac_py.quant",
         "tmac_py.rope",
         "tmac_py.spec",
+        "tmac_py.synthetic",
         "tmac_py.tokenizer",
         "tmac_py.tokenizer_backends",
     ),

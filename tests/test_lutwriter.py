@@ -6,13 +6,15 @@ import errno
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pytest
 
 from tiny_lut import CONFIG, NORM, Q_PROJ, spec_of, write
+from tmac_py.blockwriter import BLOCK_BYTES, BlockWriter
 from tmac_py.errors import ModelFileError
 from tmac_py.lutheader import packed_nbytes
 from tmac_py.lutwriter import LutWriter
@@ -96,6 +98,7 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(
     def enter_with_little_room(writer: LutWriter) -> LutWriter:
         enter(writer)
         writer._file = FullDisk(writer._file, room)  # type: ignore[assignment]
+        writer._data = BlockWriter(writer._file, writer._data_start)
         return writer
 
     monkeypatch.setattr(LutWriter, "__enter__", enter_with_little_room)
@@ -112,3 +115,36 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         write(tmp_path / "missing" / "model.lut")
     assert caught.value.filename == str(tmp_path / "missing" / "model.lut")
+
+
+def test_whole_blocks_are_written_at_multiples_of_their_size(tmp_path: Path) -> None:
+    """The writes that reach the file: huge pages need them aligned."""
+    places: list[tuple[int, int]] = []
+
+    class Recorder:
+        def __init__(self, file: BinaryIO) -> None:
+            self._file = file
+
+        def seek(self, position: int) -> None:
+            self._file.seek(position)
+
+        def write(self, data: memoryview) -> int:
+            places.append((self._file.tell(), data.nbytes))
+            return self._file.write(data)
+
+    content = np.random.default_rng(0).bytes(3 * BLOCK_BYTES + 777)
+    cuts = [0, 5, 1000, BLOCK_BYTES - 2, BLOCK_BYTES + 7, 2 * BLOCK_BYTES, len(content)]
+    with (tmp_path / "data").open("xb", buffering=0) as file:
+        file.write(b"x" * 100)
+        writer = BlockWriter(cast(BinaryIO, Recorder(file)), 100)
+        for begin, end in pairwise(cuts):
+            writer.append(memoryview(content)[begin:end])
+        assert writer.position == 100 + len(content)
+        writer.flush()
+    assert (tmp_path / "data").read_bytes() == b"x" * 100 + content
+    assert places == [
+        (100, BLOCK_BYTES - 100),
+        (BLOCK_BYTES, BLOCK_BYTES),
+        (2 * BLOCK_BYTES, BLOCK_BYTES),
+        (3 * BLOCK_BYTES, 877),
+    ]

@@ -67,7 +67,7 @@ struct Decoder::Pass {
 
   const DecoderConfig& config = model.config_;
   const DecoderWeights& weights = model.weights_;
-  const Kernels& isa = kernels();
+  const VectorKernels& isa = vector_kernels();
   const int64_t hidden = weights.embed_tokens.spec.k;
   const int64_t head_dim = config.head_dim;
   const int64_t half_rotary = config.rotary_dim / 2;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -53,7 +54,7 @@ class LutFile:
         try:
             with _open_regular(path) as file:
                 header = _read_header(file)
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = _map(file)
         except TmacError as error:
             raise type(error)(f"{path}: {error}") from None
         result = cls(path, header, mapped)
@@ -160,6 +161,15 @@ class LutFile:
         if entry.nbytes == 0:
             return np.empty(0, np.uint8)
         return np.frombuffer(self._map, np.uint8, count=entry.nbytes, offset=offset)
+
+
+def _map(file: BinaryIO) -> mmap.mmap:
+    """All of ``file``; in huge pages where the system has them for files (docs/lut-format.md)."""
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if sys.platform == "linux" and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return mapped
 
 
 def _open_regular(path: Path) -> BinaryIO:

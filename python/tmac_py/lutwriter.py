@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from tmac_py.blockwriter import BlockWriter
 from tmac_py.config import ModelConfig
 from tmac_py.errors import ModelFileError
 from tmac_py.lutheader import (
@@ -58,7 +59,6 @@ class LutWriter:
         self._linears: dict[str, TensorEntry] = {}
         self._orders: dict[str, NDArray[np.int32]] = {}
         self._floats: dict[str, NDArray[np.float32]] = {}
-        self._end = 0
         self._temporary: Path | None = None
         for name in self._tokenizer:
             check_file_name(name)
@@ -73,6 +73,7 @@ class LutWriter:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         self._temporary = temporary
+        self._data = BlockWriter(self._file, self._data_start)
         return self
 
     def add_linear(
@@ -100,17 +101,7 @@ class LutWriter:
         if order is not None:
             self._orders[order_of(name)] = np.array(order, dtype="<i4", order="C")
         data = np.ascontiguousarray(packed).data
-        self._write(self._data_start + self._end, data)
-        self._linears[name] = TensorEntry(
-            name=name,
-            kind="linear",
-            shape=(spec.m, spec.k),
-            start=self._end,
-            nbytes=data.nbytes,
-            xxh3=xxhash.xxh3_128_hexdigest(data),
-            spec=spec,
-        )
-        self._end += data.nbytes
+        self._linears[name] = self._append(name, "linear", (spec.m, spec.k), data, spec)
 
     def add_float(self, name: str, values: NDArray[np.float32]) -> None:
         """Keep one float32 vector; it is written when the file is complete."""
@@ -146,24 +137,16 @@ class LutWriter:
             rest.append((TOKENIZER_PREFIX + name, "file", (len(data),), memoryview(data)))
         entries = list(self._linears.values())
         for name, kind, shape, view in rest:
-            self._write(self._data_start + self._end, view)
-            entries.append(
-                TensorEntry(
-                    name=name,
-                    kind=kind,
-                    shape=shape,
-                    start=self._end,
-                    nbytes=view.nbytes,
-                    xxh3=xxhash.xxh3_128_hexdigest(view),
-                )
-            )
-            self._end += view.nbytes
+            entries.append(self._append(name, kind, shape, view))
         check_shapes(self._config, entries)
         header = build_header(self._config, self._source, entries, self._data_start)
         assert len(header) == self._data_start
-        self._write(0, memoryview(header))
         assert self._temporary is not None
         try:
+            self._data.flush()
+            first = BlockWriter(self._file, 0)
+            first.append(memoryview(header))
+            first.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             self._temporary.replace(self._path)
@@ -182,13 +165,21 @@ class LutWriter:
                 f"tensor {name}: shape {list(shape)}, must be {list(self._shapes[name])}"
             )
 
-    def _write(self, position: int, data: memoryview) -> None:
+    def _append(
+        self,
+        name: str,
+        kind: TensorKind,
+        shape: tuple[int, ...],
+        data: memoryview,
+        spec: LinearSpec | None = None,
+    ) -> TensorEntry:
+        start = self._data.position - self._data_start
         try:
-            self._file.seek(position)
-            while data.nbytes:
-                data = data[self._file.write(data) :]
+            self._data.append(data)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
+        digest = xxhash.xxh3_128_hexdigest(data)
+        return TensorEntry(name, kind, shape, start, data.nbytes, digest, spec)
 
 
 def _largest_header(

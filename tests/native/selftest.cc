@@ -136,18 +136,18 @@ void run_rms_norm(Reader& in, Writer& out) {
   const float eps = in.real();
   const auto x = in.array<float>(n), weight = in.array<float>(n);
   std::vector<float> y(x.size());
-  kernels().rms_norm(x.data(), weight.data(), n, eps, y.data());
+  vector_kernels().rms_norm(x.data(), weight.data(), n, eps, y.data());
   out.array(y);
 }
 
 using Gated = void (*)(float* gate, const float* up, int64_t n);
 
-template <Gated Kernels::* kMember>
+template <Gated VectorKernels::* kMember>
 void run_gated(Reader& in, Writer& out) {
   const int64_t n = in.integer();
   auto gate = in.array<float>(n);
   const auto up = in.array<float>(n);
-  (kernels().*kMember)(gate.data(), up.data(), n);
+  (vector_kernels().*kMember)(gate.data(), up.data(), n);
   out.array(gate);
 }
 
@@ -155,7 +155,7 @@ void run_soft_cap(Reader& in, Writer& out) {
   const int64_t n = in.integer();
   const float cap = in.real();
   auto x = in.array<float>(n);
-  kernels().soft_cap(x.data(), n, cap);
+  vector_kernels().soft_cap(x.data(), n, cap);
   out.array(x);
 }
 
@@ -163,7 +163,7 @@ void run_add(Reader& in, Writer& out) {
   const int64_t n = in.integer();
   auto x = in.array<float>(n);
   const auto y = in.array<float>(n);
-  kernels().add(x.data(), y.data(), n);
+  vector_kernels().add(x.data(), y.data(), n);
   out.array(x);
 }
 
@@ -171,7 +171,7 @@ void run_to_half(Reader& in, Writer& out) {
   const int64_t n = in.integer();
   const auto x = in.array<float>(n);
   std::vector<uint16_t> half(x.size());
-  kernels().to_half(x.data(), half.data(), n);
+  vector_kernels().to_half(x.data(), half.data(), n);
   out.array(half);
 }
 
@@ -181,8 +181,8 @@ void run_attend(Reader& in, Writer& out) {
   const auto q = in.array<float>(head_dim);
   const auto keys = in.array<uint16_t>(n * head_dim), values = in.array<uint16_t>(n * head_dim);
   std::vector<float> scores(static_cast<size_t>(n)), y(q.size());
-  kernels().attend(q.data(), keys.data(), values.data(), n, head_dim, scale, softcap, scores.data(),
-                   y.data());
+  vector_kernels().attend(q.data(), keys.data(), values.data(), n, head_dim, scale, softcap,
+                          scores.data(), y.data());
   out.array(y);
 }
 
@@ -191,9 +191,9 @@ void run_cases(const std::string& isa, const std::string& cases, const std::stri
       {"linear", run_linear},
       {"layout", run_layout},
       {"rms_norm", run_rms_norm},
-      {"silu_multiply", run_gated<&Kernels::silu_multiply>},
-      {"gelu_tanh_multiply", run_gated<&Kernels::gelu_tanh_multiply>},
-      {"relu2_multiply", run_gated<&Kernels::relu2_multiply>},
+      {"silu_multiply", run_gated<&VectorKernels::silu_multiply>},
+      {"gelu_tanh_multiply", run_gated<&VectorKernels::gelu_tanh_multiply>},
+      {"relu2_multiply", run_gated<&VectorKernels::relu2_multiply>},
       {"soft_cap", run_soft_cap},
       {"add", run_add},
       {"to_half", run_to_half},
