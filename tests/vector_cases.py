@@ -110,6 +110,16 @@ def soft_cap(name: str, x: Floats, cap: float) -> VectorCase:
     return VectorCase(name, "soft_cap", (len(x), cap), (x,), want, tolerance)
 
 
+def sum_exponentials(name: str, x: Floats) -> VectorCase:
+    largest = x.max()
+    terms = np.exp(np.maximum(x.astype(np.float64) - float(largest), EXP_LOWEST))
+    want = np.array([terms.sum()])
+    # A difference rounds once, which moves its term by as much as it is large; then n additions.
+    in_difference = gamma(1) * np.minimum(float(largest) - x.astype(np.float64), -EXP_LOWEST)
+    tolerance = terms @ np.expm1(in_difference) + (EXP_ERROR + gamma(len(x) + 1)) * want
+    return VectorCase(name, "sum_exponentials", (len(x), float(largest)), (x,), want, tolerance)
+
+
 def attend(
     name: str,
     q: Floats,
@@ -192,6 +202,8 @@ def vector_cases() -> list[VectorCase]:
                 x, y = normal(n, scale=20 * scale), normal(n)
                 cases.append(gated(f"{gated.__name__} {name}", x, y))
             cases.append(soft_cap(f"soft_cap {name}", normal(n, scale=scale), 30.0))
+        for scale in (1.0, 30.0):
+            cases.append(sum_exponentials(f"n={n} scale={scale}", normal(n, scale=scale)))
         x, y = normal(n), normal(n, scale=1e3)
         cases.append(VectorCase(f"add n={n}", "add", (n,), (x, y), x + y))
     gate = np.linspace(-100, 100, 4001, dtype=np.float32)
@@ -219,6 +231,8 @@ def vector_cases() -> list[VectorCase]:
                     name = f"{gated.__name__} {value} {where}"
                     cases.append(gated(name, spoilt(x, at, value), weight))
                 cases.append(soft_cap(f"soft_cap {value} {where}", spoilt(x, at, value), 30.0))
+            forbidden = spoilt(normal(n), at, -np.inf)
+            cases.append(sum_exponentials(f"sum_exponentials -inf {where}", forbidden))
             q, keys, values = normal(64), halves(n, 64), halves(n, 64)
             cases.append(attend(f"attend NaN in q {where}", spoilt(q, at), keys, values))
             cases.append(attend(f"attend NaN in key {where}", q, spoilt(keys, (at, 5)), values))

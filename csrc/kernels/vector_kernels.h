@@ -18,6 +18,8 @@ struct VectorKernels {
   void (*add)(float* x, const float* y, int64_t n);
   // The largest |x|; unspecified where an x is NaN.
   float (*max_abs)(const float* x, int64_t n);
+  // The sum of e^(x[i] - largest), for largest >= x[i]; what lies 87 below counts as e^-87.
+  float (*sum_exponentials)(const float* x, int64_t n, float largest);
   void (*to_half)(const float* x, uint16_t* out, int64_t n);
   // One head's softmax(scale * q.K^T) V over n positions: q [head_dim], keys and values
   // [n, head_dim] binary16, scores [n] scratch, out [head_dim]. softcap > 0: scores are soft-capped
