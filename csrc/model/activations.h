@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "model/decoder.h"
 
@@ -30,7 +31,13 @@ struct Activations {
         rotated(threads * config.head_dim),
         scores(threads * n_ctx),
         inputs(config.tables, max_regions, tokens, threads),
-        down_inputs(config.tables, max_regions, tokens, threads) {}
+        down_inputs(config.tables, max_regions, tokens, threads) {
+    if (config.head_tables != config.tables) {
+      own_head_inputs.emplace(config.head_tables, max_regions, tokens, threads);
+    }
+  }
+
+  Inputs& head_inputs() { return own_head_inputs ? *own_head_inputs : inputs; }
 
   int64_t tokens, threads, n_ctx;
   AlignedBuffer<float> x;               // [tokens, hidden] the residual stream
@@ -45,6 +52,7 @@ struct Activations {
   AlignedBuffer<float> rotated;         // [threads, head_dim]
   AlignedBuffer<float> scores;          // [threads, n_ctx]
   Inputs inputs;
+  std::optional<Inputs> own_head_inputs;
   Inputs down_inputs;  // built tile by tile while gate and up still read `inputs`
 };
 
