@@ -113,8 +113,6 @@ def convert(
     options = QuantOptions(**given)
     checkpoint = open_checkpoint(source, quiet=progress is None)
     where = source if str(source).startswith(SCHEME) else Path(source)
-    with naming(where):
-        checkpoint.config.check_runnable()
     if lora is not None:
         checkpoint = merge_lora(checkpoint, Path(lora))
     _check_codebooks(source, checkpoint, requantize)

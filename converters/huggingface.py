@@ -8,6 +8,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tmac_py import generation_defaults
 from tmac_py.config import ModelConfig
 from tmac_py.converters.bitnet import master_formats
@@ -30,6 +33,7 @@ from tmac_py.converters.quantization_config import all_dense, format_of, read_se
 from tmac_py.converters.safetensors_file import StoredTensor, read_header
 from tmac_py.converters.weight_format import DENSE, FLOATS, Expected, Parts, WeightFormat
 from tmac_py.errors import ModelFileError, TmacError, UnsupportedError
+from tmac_py.families import family_of
 from tmac_py.tokenizer import Tokenizer
 
 _SINGLE = "model.safetensors"
@@ -75,6 +79,7 @@ def read(path: Path) -> Checkpoint:
         and not (name == "lm_head.weight" and config.tie_word_embeddings)
     }
     shapes = config.tensor_shapes()
+    norm_offset = family_of(raw_config).norm_offset
     places = stored_matrices(shapes, stored)
     modules = {place.module: place.shape for place in places.values()}
     parts = _by_module(stored, modules, shapes)
@@ -100,7 +105,7 @@ def read(path: Path) -> Checkpoint:
         tensors=[
             _matrix(name, shape, place, weights[place.module], parts[place.module])
             if (place := places.get(name)) is not None
-            else _vector(name, stored[name])
+            else _vector(name, stored[name], norm_offset)
             for name, shape in shapes.items()
         ],
         warnings=() if files else (NO_TOKENIZER.format(path),),
@@ -186,8 +191,12 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _vector(name: str, tensor: StoredTensor) -> TensorSource:
-    return TensorSource(name, tensor.shape, lambda: as_float32(tensor.load()))
+def _vector(name: str, tensor: StoredTensor, norm_offset: float) -> TensorSource:
+    def load() -> NDArray[np.float32]:
+        values = as_float32(tensor.load())
+        return values + np.float32(norm_offset) if name.endswith("norm.weight") else values
+
+    return TensorSource(name, tensor.shape, load)
 
 
 def _matrix(

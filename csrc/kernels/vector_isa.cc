@@ -15,8 +15,8 @@ using Isa = TMAC_ISA_TYPE;
 
 extern const VectorKernels TMAC_JOIN(kVectorKernels_, TMAC_ISA_NAME);
 const VectorKernels TMAC_JOIN(kVectorKernels_, TMAC_ISA_NAME) = {
-    rms_norm<Isa>,         silu_multiply<Isa>, add<Isa>,    max_abs<Isa>,
-    sum_exponentials<Isa>, to_half<Isa>,       attend<Isa>,
+    rms_norm<Isa>, silu_multiply<Isa>, gelu_tanh_multiply<Isa>, relu2_multiply<Isa>, soft_cap<Isa>,
+    add<Isa>,      max_abs<Isa>,       sum_exponentials<Isa>,   to_half<Isa>,        attend<Isa>,
 };
 
 }  // namespace tmac

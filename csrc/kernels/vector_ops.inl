@@ -109,6 +109,55 @@ void silu_multiply(float* gate, const float* up, int64_t n) {
       [&](int64_t i) { gate[i] = gate[i] / (1 + exponential_of<S>(0 - gate[i])) * up[i]; });
 }
 
+// gelu(g) = g / (1 + e^-u), u = 2 sqrt(2 / pi) (g + 0.044715 g^3): GELU's approximation by tanh.
+template <typename S>
+void gelu_tanh_multiply(float* gate, const float* up, int64_t n) {
+  using F = typename S::F;
+  constexpr float kLinear = 1.59576912f, kCubic = 0.0713548163f;
+  const F one = S::set(1);
+  for_each_vector<S>(
+      n,
+      [&](int64_t i) {
+        const F g = S::load_f(gate + i);
+        const F slope = S::fma(S::mul(g, g), S::set(kCubic), S::set(kLinear));
+        const F e = exponential<S>(S::sub(S::set(0), S::mul(g, slope)));
+        S::store_f(gate + i, S::mul(S::div(g, S::add(one, e)), S::load_f(up + i)));
+      },
+      [&](int64_t i) {
+        const float g = gate[i], slope = __builtin_fmaf(g * g, kCubic, kLinear);
+        gate[i] = g / (1 + exponential_of<S>(0 - g * slope)) * up[i];
+      });
+}
+
+template <typename S>
+void relu2_multiply(float* gate, const float* up, int64_t n) {
+  using F = typename S::F;
+  for_each_vector<S>(
+      n,
+      [&](int64_t i) {
+        const F g = S::max(S::set(0), S::load_f(gate + i));  // NaN stays NaN, as in exponential
+        S::store_f(gate + i, S::mul(S::mul(g, g), S::load_f(up + i)));
+      },
+      [&](int64_t i) {
+        const float g = gate[i] < 0 ? 0 : gate[i];
+        gate[i] = g * g * up[i];
+      });
+}
+
+// cap * tanh(x / cap), tanh(y) = 1 - 2 / (e^2y + 1).
+template <typename S>
+void soft_cap(float* x, int64_t n, float cap) {
+  using F = typename S::F;
+  const F one = S::set(1), two = S::set(2);
+  for_each_vector<S>(
+      n,
+      [&](int64_t i) {
+        const F e = exponential<S>(S::mul(two, S::div(S::load_f(x + i), S::set(cap))));
+        S::store_f(x + i, S::mul(S::set(cap), S::sub(one, S::div(two, S::add(e, one)))));
+      },
+      [&](int64_t i) { x[i] = cap * (1 - 2 / (exponential_of<S>(2 * (x[i] / cap)) + 1)); });
+}
+
 template <typename S>
 void add(float* x, const float* y, int64_t n) {
   for_each_vector<S>(
@@ -223,8 +272,12 @@ inline void weigh_values(const float* scores, const uint16_t* values, int64_t n,
 
 template <typename S>
 void attend(const float* q, const uint16_t* keys, const uint16_t* values, int64_t n,
-            int64_t head_dim, float scale, float* scores, float* out) {
-  const float largest = score_keys<S>(q, keys, n, head_dim, scale, scores);
+            int64_t head_dim, float scale, float softcap, float* scores, float* out) {
+  float largest = score_keys<S>(q, keys, n, head_dim, scale, scores);
+  if (softcap > 0) {  // rises with the score, so the largest one stays the largest
+    soft_cap<S>(scores, n, softcap);
+    soft_cap<S>(&largest, 1, softcap);
+  }
   const float share = 1.0f / exponentiate<S>(scores, n, largest);
   constexpr int kTogether = 4;  // vectors of the output kept in registers
   int64_t i = 0;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <optional>
 
 #include "model/decoder.h"
@@ -22,9 +23,11 @@ struct Activations {
         attended(tokens * config.n_heads * config.head_dim),
         gate(tokens * weights.layers[0].gate.spec.m),
         up(tokens * weights.layers[0].gate.spec.m),
-        cosines(tokens * config.head_dim / 2),
-        sines(tokens * config.head_dim / 2),
-        normed(threads * weights.embed_tokens.spec.k),
+        cosines(static_cast<int64_t>(config.ropes.size()) * tokens * config.rotary_dim / 2),
+        sines(static_cast<int64_t>(config.ropes.size()) * tokens * config.rotary_dim / 2),
+        widest(std::max({weights.embed_tokens.spec.k, config.n_heads * config.head_dim,
+                         weights.layers[0].gate.spec.m})),
+        normed(threads * widest),
         rotated(threads * config.head_dim),
         scores(threads * n_ctx),
         inputs(config.tables, max_regions, tokens, threads),
@@ -43,8 +46,9 @@ struct Activations {
   AlignedBuffer<float> k, v;            // [tokens, n_kv_heads * head_dim]
   AlignedBuffer<float> attended;        // [tokens, n_heads * head_dim]
   AlignedBuffer<float> gate, up;        // [tokens, intermediate]
-  AlignedBuffer<float> cosines, sines;  // [tokens, head_dim / 2]
-  AlignedBuffer<float> normed;          // [threads, hidden]
+  AlignedBuffer<float> cosines, sines;  // [ropes, tokens, rotary_dim / 2]
+  int64_t widest;                       // of what norms see
+  AlignedBuffer<float> normed;          // [threads, widest]
   AlignedBuffer<float> rotated;         // [threads, head_dim]
   AlignedBuffer<float> scores;          // [threads, n_ctx]
   Inputs inputs;

@@ -31,19 +31,32 @@ struct Decoder::Pass {
  private:
   struct Product {
     const Linear& w;
-    float* y;  // [tokens, w.spec.m]
+    const float* bias;  // [w.spec.m] or null
+    float* y;           // [tokens, w.spec.m]
   };
 
   // pass.cc
   template <typename TokenAt>
-  void norm_into_inputs(const float* weight, Inputs& inputs, const InputPlan& plan, int64_t count,
-                        const TokenAt& token_at);
-  void norm_into_inputs(const float* weight, const InputPlan& plan);
+  void norm_into_inputs(const float* x, const float* weight, int64_t width, const InputPlan& plan,
+                        Inputs& inputs, int64_t count, const TokenAt& token_at);
+  void norm_into_inputs(const float* x, const float* weight, int64_t width, const InputPlan& plan,
+                        Inputs& inputs);
+  void add_bias(const float* bias, int64_t count, int64_t begin, int64_t end, float* y,
+                int64_t stride);
   void multiply(Inputs& inputs, const InputPlan& plan, std::initializer_list<Product> products,
                 int64_t count);
-  void multiply_add(const Linear& w, Inputs& inputs, const InputPlan& plan);
+  void multiply_add(const Linear& w, const float* bias, const float* out_norm, Inputs& inputs,
+                    const InputPlan& plan);
+  // Where the cosines and sines of a token are.
+  int64_t rope_at(size_t rope, int64_t token) const {
+    return (static_cast<int64_t>(rope) * a.tokens + token) * half_rotary;
+  }
+  // feed_forward.cc
   void feed_forward(const LayerWeights& w, const LayerPlans& plans);
+  void activate(float* gate, const float* up, int64_t size) const;
   // attention.cc
+  void turn_head(const LayerWeights& w, const float* norm, int64_t token, const float* x,
+                 float* out);
   void store_keys_and_values(int64_t layer);
   void attend(int64_t layer, const InputPlan& o_plan);
 
@@ -58,7 +71,7 @@ struct Decoder::Pass {
   const VectorKernels& isa = vector_kernels();
   const int64_t hidden = weights.embed_tokens.spec.k;
   const int64_t head_dim = config.head_dim;
-  const int64_t half_dim = config.head_dim / 2;
+  const int64_t half_rotary = config.rotary_dim / 2;
   const int64_t q_width = config.n_heads * config.head_dim;
   const int64_t kv_width = config.n_kv_heads * config.head_dim;
 };

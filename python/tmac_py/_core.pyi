@@ -101,9 +101,40 @@ def linear_forward(
     linear: Linear, x: NDArray[np.float32], pool: ThreadPool, *, tables: Tables
 ) -> NDArray[np.float32]: ...
 
-class LayerTensors(TypedDict):
+OptionalTensor = Literal[
+    "attention_out_norm",
+    "feed_forward_out_norm",
+    "q_norm",
+    "k_norm",
+    "attn_sub_norm",
+    "ffn_sub_norm",
+    "q_bias",
+    "k_bias",
+    "v_bias",
+    "o_bias",
+    "gate_bias",
+    "up_bias",
+    "down_bias",
+]
+
+class OptionalTensors(TypedDict, total=False):
+    attention_out_norm: NDArray[np.float32]
+    feed_forward_out_norm: NDArray[np.float32]
+    q_norm: NDArray[np.float32]
+    k_norm: NDArray[np.float32]
+    attn_sub_norm: NDArray[np.float32]
+    ffn_sub_norm: NDArray[np.float32]
+    q_bias: NDArray[np.float32]
+    k_bias: NDArray[np.float32]
+    v_bias: NDArray[np.float32]
+    o_bias: NDArray[np.float32]
+    gate_bias: NDArray[np.float32]
+    up_bias: NDArray[np.float32]
+    down_bias: NDArray[np.float32]
+
+class LayerTensors(OptionalTensors):
     input_norm: NDArray[np.float32]
-    post_attention_norm: NDArray[np.float32]
+    feed_forward_norm: NDArray[np.float32]
     q_proj: Linear
     k_proj: Linear
     v_proj: Linear
@@ -111,6 +142,14 @@ class LayerTensors(TypedDict):
     gate_proj: Linear
     up_proj: Linear
     down_proj: Linear
+    sliding_window: int
+    rope: int
+
+class RopeTables(TypedDict):
+    inv_freq: NDArray[np.float32]
+    attention_scale: float
+    long_inv_freq: NDArray[np.float32] | None
+    original_context: int
 
 class Decoder:
     """Const weights of one model; shared by every cache and thread."""
@@ -125,10 +164,14 @@ class Decoder:
         n_heads: int,
         n_kv_heads: int,
         head_dim: int,
+        rotary_dim: int,
         rms_norm_eps: float,
-        inv_freq: NDArray[np.float32],
-        rope_attention_scale: float,
-        sliding_window: int,
+        query_scalar: float,
+        attention_softcap: float,
+        logits_softcap: float,
+        embedding_scale: float,
+        activation: str,
+        ropes: Sequence[RopeTables],
         tables: Tables,
         head_tables: Tables,
     ) -> None: ...

@@ -140,12 +140,23 @@ void run_rms_norm(Reader& in, Writer& out) {
   out.array(y);
 }
 
-void run_silu_multiply(Reader& in, Writer& out) {
+using Gated = void (*)(float* gate, const float* up, int64_t n);
+
+template <Gated VectorKernels::* kMember>
+void run_gated(Reader& in, Writer& out) {
   const int64_t n = in.integer();
   auto gate = in.array<float>(n);
   const auto up = in.array<float>(n);
-  vector_kernels().silu_multiply(gate.data(), up.data(), n);
+  (vector_kernels().*kMember)(gate.data(), up.data(), n);
   out.array(gate);
+}
+
+void run_soft_cap(Reader& in, Writer& out) {
+  const int64_t n = in.integer();
+  const float cap = in.real();
+  auto x = in.array<float>(n);
+  vector_kernels().soft_cap(x.data(), n, cap);
+  out.array(x);
 }
 
 void run_add(Reader& in, Writer& out) {
@@ -174,21 +185,28 @@ void run_to_half(Reader& in, Writer& out) {
 
 void run_attend(Reader& in, Writer& out) {
   const int64_t n = in.integer(), head_dim = in.integer();
-  const float scale = in.real();
+  const float scale = in.real(), softcap = in.real();
   const auto q = in.array<float>(head_dim);
   const auto keys = in.array<uint16_t>(n * head_dim), values = in.array<uint16_t>(n * head_dim);
   std::vector<float> scores(static_cast<size_t>(n)), y(q.size());
-  vector_kernels().attend(q.data(), keys.data(), values.data(), n, head_dim, scale, scores.data(),
-                          y.data());
+  vector_kernels().attend(q.data(), keys.data(), values.data(), n, head_dim, scale, softcap,
+                          scores.data(), y.data());
   out.array(y);
 }
 
 void run_cases(const std::string& isa, const std::string& cases, const std::string& results) {
   const std::map<std::string, void (*)(Reader&, Writer&)> operations = {
-      {"linear", run_linear},     {"layout", run_layout},
-      {"rms_norm", run_rms_norm}, {"silu_multiply", run_silu_multiply},
-      {"add", run_add},           {"sum_exponentials", run_sum_exponentials},
-      {"to_half", run_to_half},   {"attend", run_attend}};
+      {"linear", run_linear},
+      {"layout", run_layout},
+      {"rms_norm", run_rms_norm},
+      {"silu_multiply", run_gated<&VectorKernels::silu_multiply>},
+      {"gelu_tanh_multiply", run_gated<&VectorKernels::gelu_tanh_multiply>},
+      {"relu2_multiply", run_gated<&VectorKernels::relu2_multiply>},
+      {"soft_cap", run_soft_cap},
+      {"add", run_add},
+      {"sum_exponentials", run_sum_exponentials},
+      {"to_half", run_to_half},
+      {"attend", run_attend}};
   use_isa(isa);
   require(kernels().name == isa, isa + " did not become active");
   Reader in(cases);
