@@ -12,7 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 TABLES = {"isa": "kKernels", "vector_isa": "kVectorKernels"}
 """What each source that is compiled for every ISA defines."""
 
