@@ -115,13 +115,7 @@ class _Conversion:
         for tensor in tensors:
             self._start(tensor)
             with naming_tensor(tensor.name):
-                loaded = tensor.load()
-                if isinstance(loaded, QuantTensor):
-                    self._add(tensor, loaded)
-                elif len(loaded.shape) == 1:
-                    self._add(tensor, as_floats(loaded))
-                else:
-                    self._add(tensor, self._quantize(tensor, loaded, None))
+                self._add(tensor, self._load(tensor))
 
     def write_calibrated(self, texts: NDArray[np.int32]) -> None:
         """Layer by layer: each sees the outputs of those before it as they were quantised."""
@@ -158,6 +152,14 @@ class _Conversion:
         self.write(
             [t for t in self._checkpoint.tensors if t.name not in inside and t.name != EMBEDDING]
         )
+
+    def _load(self, tensor: TensorSource) -> QuantTensor | NDArray[np.float32]:
+        loaded = tensor.load()
+        if isinstance(loaded, QuantTensor):
+            return loaded
+        if len(loaded.shape) == 1:
+            return as_floats(loaded)
+        return self._quantize(tensor, loaded, None)
 
     def finish(self) -> None:
         """Tell that all is done."""

@@ -24,6 +24,10 @@ BLOCK = 64
 """Numbers that share a scale; positions whose weights are brought to a new maximum together."""
 
 
+SMALLER = (0.95, 0.9, 0.85, 0.8, 0.75)
+"""Scales that 4 bits try, as shares of that of the largest number."""
+
+
 def rotation_run(head_dim: int) -> int:
     return head_dim & -head_dim
 
@@ -42,7 +46,7 @@ def rotate(x: Floats) -> Floats:
     return out * norm
 
 
-def fused(a: Floats, b: Floats, c: float) -> Floats:
+def fused(a: Floats, b: Floats, c: np.float32) -> Floats:
     """a * b + c, rounded once: the product of two float32 is exact in float64, and so is the sum
     here, whose addends are of similar size."""
     return (a.astype(np.float64) * b + c).astype(np.float32)
@@ -57,6 +61,21 @@ class Stored:
     """Upper bounds of the magnitudes that the kernels add up in place of each value."""
 
 
+def codes_of(groups: Floats, scales: Floats, zero: np.float32) -> Floats:
+    inverse = np.where(scales > 0, np.float32(1) / scales, np.float32(0))
+    codes: Floats = np.rint(np.clip(fused(groups, inverse, zero), 0, 2 * zero))
+    return codes
+
+
+def group_errors(groups: Floats, scales: Floats, zero: np.float32) -> Floats:
+    """Squared errors [..., 1] in the core's order of operations: 16 lanes, then halves."""
+    squares = (groups - (codes_of(groups, scales, zero) - zero) * scales) ** 2
+    while squares.shape[-1] > 1:
+        half = squares.shape[-1] // 2
+        squares = squares[..., :half] + squares[..., half:]
+    return squares
+
+
 def stored(x: Floats, kind: KvType) -> Stored:
     n, head_dim = x.shape
     padded = np.zeros((n, -(-head_dim // GROUP) * GROUP), np.float32)
@@ -65,14 +84,19 @@ def stored(x: Floats, kind: KvType) -> Stored:
         with np.errstate(over="ignore"):
             halves = padded.astype(np.float16).astype(np.float64)
         return Stored(halves, np.abs(halves))
-    zero = 127.5 if kind == "int8" else 7.5
+    zero = np.float32(127.5 if kind == "int8" else 7.5)
     groups = padded.reshape(n, -1, GROUP)
-    largest = np.abs(groups).max(-1, keepdims=True)
-    with np.errstate(over="ignore", invalid="ignore"):
-        scales = (largest / np.float32(zero)).astype(np.float16).astype(np.float32)
-        scales[~np.isfinite(largest)] = np.nan
-        inverse = np.where(scales > 0, np.float32(1) / scales, 0).astype(np.float32)
-        codes = np.clip(np.rint(np.clip(fused(groups, inverse, zero), 0, 2 * zero)), 0, 2 * zero)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        whole = np.abs(groups).max(-1, keepdims=True) / zero
+        whole[~np.isfinite(whole)] = np.nan
+        scales = whole.astype(np.float16).astype(np.float32)
+        least = group_errors(groups, scales, zero)
+        for share in SMALLER if kind == "int4" else ():
+            other = (whole * np.float32(share)).astype(np.float16).astype(np.float32)
+            error = group_errors(groups, other, zero)
+            scales = np.where(error < least, other, scales)
+            least = np.where(error < least, error, least)
+        codes = codes_of(groups, scales, zero)
         wide = scales.astype(np.float64)
         values = ((codes - zero) * wide).reshape(n, -1)
         terms = ((codes + zero) * wide).reshape(n, -1)

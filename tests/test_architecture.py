@@ -43,11 +43,14 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
     "converters": ("tmac_py.converters",),
     "runner": (
         "tmac_py",
+        "tmac_py.benchmark",
         "tmac_py.chat",
+        "tmac_py.decoding",
         "tmac_py.default_model",
         "tmac_py.generate",
         "tmac_py.model",
         "tmac_py.sampling",
+        "tmac_py.speculative",
     ),
     "cli": ("tmac_py.cli", "tmac_py.__main__"),
 }

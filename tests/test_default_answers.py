@@ -28,8 +28,8 @@ LOGIT_ERROR = 0.035
 values 11."""
 
 CLOSE_CALL = 0.06
-"""Where a reference's two best logits are nearer than this, either may win: nearly twice the largest
-error of one logit, which two of them hardly have at once (their root mean square is 0.006)."""
+"""Where a reference's two best logits are nearer than this, either may win: nearly twice the
+largest error of one logit, which two of them hardly have at once (root mean square: 0.006)."""
 
 
 CONVERTED = {2: "33901fe61dde4df1d2715278db5406df"}

@@ -159,7 +159,7 @@ def test_what_is_stored_but_not_used(tmp_path: Path) -> None:
         ({"quantization_config": {"bits": 4}}, "quant_method must name the method"),
         ({"quantization_config": [4]}, "quantization_config must be an object"),
         ({"model_type": "gpt_neox"}, "gpt_neox"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"attention_bias": True}, r"missing: model\.layers\.0\.self_attn\.q_proj\.bias \[256\]"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"hidden_size": None}, "hidden_size"),
     ],

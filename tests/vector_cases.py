@@ -76,6 +76,53 @@ def silu_multiply(name: str, gate: Floats, up: Floats) -> VectorCase:
     return VectorCase(name, "silu_multiply", (len(gate),), (gate, up), want, tolerance)
 
 
+def gelu_tanh_multiply(name: str, gate: Floats, up: Floats) -> VectorCase:
+    wide = gate.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        u = 2 * np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)
+        want = wide / (1 + np.exp(-u)) * up
+        want[np.isneginf(gate)] = np.where(up[np.isneginf(gate)] > 0, -np.inf, np.inf)
+        # u: both constants round, g^2, the fused sum and the product with g, each of positive
+        # terms, so e^-u is off by gamma(5) |u| more; then as silu_multiply, whose e^-u stops too.
+        relative = EXP_ERROR + gamma(3) + gamma(5) * np.minimum(np.abs(u), 90)
+        clamped = np.where(u < -88, np.abs(wide * up) * np.exp(-87.9), 0)
+        tolerance = relative * np.abs(want) + clamped + TINY
+    return VectorCase(name, "gelu_tanh_multiply", (len(gate),), (gate, up), want, tolerance)
+
+
+def relu2_multiply(name: str, gate: Floats, up: Floats) -> VectorCase:
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = np.maximum(gate, np.float32(0)) ** 2  # NaN stays NaN
+        want = square * up  # the same two roundings
+    return VectorCase(name, "relu2_multiply", (len(gate),), (gate, up), want)
+
+
+def soft_cap(name: str, x: Floats, cap: float) -> VectorCase:
+    cap = float(np.float32(cap))
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = cap * np.tanh(x.astype(np.float64) / cap)
+        y = np.abs(x.astype(np.float64) / cap)
+        # x / cap rounds once, which moves e^2y by 2y as much relative to itself and tanh by at most
+        # y (1 - tanh^2) <= 0.5 of that; the exponential, 1 + e, the quotient q <= 2, 1 - q and the
+        # product with cap: each is relative to a number of at most 2.
+        tolerance = np.where(np.isfinite(y), cap * (2 * EXP_ERROR + 2 * gamma(5)), np.nan) + TINY
+    tolerance = np.where(np.isinf(x), cap * 4 * U, tolerance)
+    return VectorCase(name, "soft_cap", (len(x), cap), (x,), want, tolerance)
+
+
+def sum_exponentials(name: str, x: Floats) -> VectorCase:
+    largest = x.max()
+    terms = np.exp(np.maximum(x.astype(np.float64) - float(largest), EXP_LOWEST))
+    want = np.array([terms.sum()])
+    # A difference rounds once, which moves its term by as much as it is large; then n additions.
+    in_difference = gamma(1) * np.minimum(float(largest) - x.astype(np.float64), -EXP_LOWEST)
+    tolerance = terms @ np.expm1(in_difference) + (EXP_ERROR + gamma(len(x) + 1)) * want
+    return VectorCase(name, "sum_exponentials", (len(x), float(largest)), (x,), want, tolerance)
+
+
+GATED = (silu_multiply, gelu_tanh_multiply, relu2_multiply)
+
+
 def to_half_case() -> VectorCase:
     """Every half, what lies half-way to the next one, and that one's float32 neighbours."""
     halves = np.arange(0x7C01, dtype=np.uint16).view(np.float16).astype(np.float32)
@@ -115,11 +162,19 @@ def vector_cases() -> list[VectorCase]:
         for scale in (1e-12, 1.0, 1e6):
             name = f"n={n} scale={scale}"
             cases.append(rms_norm(f"rms_norm {name}", normal(n, scale=scale), normal(n), 1e-5))
-            cases.append(silu_multiply(f"silu {name}", normal(n, scale=20 * scale), normal(n)))
+            for gated in GATED:
+                x, y = normal(n, scale=20 * scale), normal(n)
+                cases.append(gated(f"{gated.__name__} {name}", x, y))
+            cases.append(soft_cap(f"soft_cap {name}", normal(n, scale=scale), 30.0))
+        for scale in (1.0, 30.0):
+            cases.append(sum_exponentials(f"n={n} scale={scale}", normal(n, scale=scale)))
         x, y = normal(n), normal(n, scale=1e3)
         cases.append(VectorCase(f"add n={n}", "add", (n,), (x, y), x + y))
     gate = np.linspace(-100, 100, 4001, dtype=np.float32)
-    cases.append(silu_multiply("silu everywhere", gate, np.ones_like(gate)))
+    for gated in GATED:
+        cases.append(gated(f"{gated.__name__} everywhere", gate, np.ones_like(gate)))
+    for cap in (0.5, 5.0, 50.0):
+        cases.append(soft_cap(f"soft_cap {cap} everywhere", gate, cap))
 
     for n in (3, 17, 64):
         for at in (0, n - 1):
@@ -127,5 +182,10 @@ def vector_cases() -> list[VectorCase]:
             where = f"at {at} of {n}"
             cases.append(rms_norm(f"rms_norm NaN {where}", spoilt(x, at), weight, 1e-5))
             for value in (np.nan, np.inf, -np.inf):
-                cases.append(silu_multiply(f"silu {value} {where}", spoilt(x, at, value), weight))
+                for gated in GATED:
+                    name = f"{gated.__name__} {value} {where}"
+                    cases.append(gated(name, spoilt(x, at, value), weight))
+                cases.append(soft_cap(f"soft_cap {value} {where}", spoilt(x, at, value), 30.0))
+            forbidden = spoilt(normal(n), at, -np.inf)
+            cases.append(sum_exponentials(f"sum_exponentials -inf {where}", forbidden))
     return cases

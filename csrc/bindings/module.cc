@@ -26,7 +26,9 @@ PYBIND11_MODULE(_core, module) {
   module.def("active_isa", [] { return tmac::kernels().name; });
   tmac::bind_linear(module);
   tmac::bind_kv_cache(module);
+  tmac::bind_groups(module);
   tmac::bind_decoder(module);
+  tmac::bind_sampler(module);
   module.def(
       "read_bandwidth",
       [](int64_t nbytes, tmac::ThreadPool& pool) {

@@ -22,6 +22,7 @@ struct HalfKv {
 struct Int8Kv {
   static constexpr bool kScaled = true;
   static constexpr float kZero = 127.5f;
+  static constexpr bool kSearched = false;
   template <typename S>
   static void keys(const uint8_t* keys, int64_t d, int64_t lane, typename S::F (&out)[4]) {
     for (int i = 0; i < 4; ++i) {
@@ -40,6 +41,7 @@ struct Int8Kv {
 struct Int4Kv {
   static constexpr bool kScaled = true;
   static constexpr float kZero = 7.5f;
+  static constexpr bool kSearched = true;
   template <typename S>
   static void nibbles(const uint8_t* p, typename S::F& low, typename S::F& high) {
     const typename S::I both = S::load_bytes(p);

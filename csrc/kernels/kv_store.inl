@@ -31,10 +31,35 @@ inline void pad(const KvShape& shape, KvType type, const float* x, float* out) {
   if (kv_scaled(type)) rotate(out, shape.head_dim);
 }
 
-// Codes [32] of a group of x, and its scale. A NaN or an infinity makes the scale NaN.
+// Codes of S::kFloats numbers, as floats.
+template <typename S, typename Kv>
+inline typename S::F codes_of(const float* x, float scale) {
+  using F = typename S::F;
+  const F inverse = S::set(scale > 0 ? 1 / scale : 0), zero = S::set(Kv::kZero);
+  const F code = S::fma(S::load_f(x), inverse, zero);
+  return S::to_float(S::round_to_int(S::max(S::set(0), S::min(S::add(zero, zero), code))));
+}
+
+// The squared error of a group with that scale.
+template <typename S, typename Kv>
+inline float group_error(const float* x, float scale) {
+  using F = typename S::F;
+  auto sums = Wide<S>::set(0);
+  for (int64_t i = 0; i < kKvGroup; i += kLanes) {
+    sums.each([&](F& sum, int lane) {
+      const F code = codes_of<S, Kv>(x + i + lane, scale);
+      const F value = S::mul(S::sub(code, S::set(Kv::kZero)), S::set(scale));
+      const F error = S::sub(S::load_f(x + i + lane), value);
+      sum = S::add(sum, S::mul(error, error));
+    });
+  }
+  return sums.sum();
+}
+
+// Codes [32] of a group of x, and its scale: that of the largest number or, for few bits, the one
+// of some smaller ones with the least squared error. A NaN or an infinity makes the scale NaN.
 template <typename S, typename Kv>
 inline uint16_t quantize_group(const float* x, int32_t* codes) {
-  using F = typename S::F;
   bool finite = true;
   float largest = 0;
   for (int64_t i = 0; i < kKvGroup; ++i) {
@@ -42,14 +67,22 @@ inline uint16_t quantize_group(const float* x, int32_t* codes) {
     finite = finite && magnitude <= __FLT_MAX__;
     largest = magnitude > largest ? magnitude : largest;
   }
-  const uint16_t stored = float_to_half(finite ? largest / Kv::kZero : __builtin_nanf(""));
-  const float scale = half_to_float(stored);
-  const F inverse = S::set(scale > 0 ? 1 / scale : 0), zero = S::set(Kv::kZero);
-  for (int64_t i = 0; i < kKvGroup; i += S::kFloats) {
-    const F code = S::fma(S::load_f(x + i), inverse, zero);
-    S::store_i(codes + i, S::round_to_int(S::max(S::set(0), S::min(S::add(zero, zero), code))));
+  const float whole = finite ? largest / Kv::kZero : __builtin_nanf("");
+  uint16_t best = float_to_half(whole);
+  if constexpr (Kv::kSearched) {
+    float least = group_error<S, Kv>(x, half_to_float(best));
+    for (const float share : {0.95f, 0.9f, 0.85f, 0.8f, 0.75f}) {
+      const uint16_t smaller = float_to_half(whole * share);
+      const float error = group_error<S, Kv>(x, half_to_float(smaller));
+      if (!(error < least)) continue;
+      least = error;
+      best = smaller;
+    }
   }
-  return stored;
+  for (int64_t i = 0; i < kKvGroup; i += S::kFloats) {
+    S::store_i(codes + i, S::round_to_int(codes_of<S, Kv>(x + i, half_to_float(best))));
+  }
+  return best;
 }
 
 // Calls write(format, group, codes) for the codes of each group of x, and stores their scales.

@@ -21,11 +21,11 @@ using Isa = TMAC_ISA_TYPE;
 
 extern const VectorKernels TMAC_JOIN(kVectorKernels_, TMAC_ISA_NAME);
 const VectorKernels TMAC_JOIN(kVectorKernels_, TMAC_ISA_NAME) = {
-    rms_norm<Isa>,        silu_multiply<Isa>, gelu_tanh_multiply<Isa>,
-    relu2_multiply<Isa>,  soft_cap<Isa>,      add<Isa>,
-    max_abs<Isa>,         store_key<Isa>,     store_value<Isa>,
-    prepare_query<Isa>,   attend<Isa>,        merge_attended<Isa>,
-    finish_attended<Isa>,
+    rms_norm<Isa>,       silu_multiply<Isa>,    gelu_tanh_multiply<Isa>,
+    relu2_multiply<Isa>, soft_cap<Isa>,         add<Isa>,
+    max_abs<Isa>,        sum_exponentials<Isa>, store_key<Isa>,
+    store_value<Isa>,    prepare_query<Isa>,    attend<Isa>,
+    merge_attended<Isa>, finish_attended<Isa>,
 };
 
 }  // namespace tmac

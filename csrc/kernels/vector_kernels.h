@@ -20,6 +20,8 @@ struct VectorKernels {
   void (*add)(float* x, const float* y, int64_t n);
   // The largest |x|; unspecified where an x is NaN.
   float (*max_abs)(const float* x, int64_t n);
+  // The sum of e^(x[i] - largest), for largest >= x[i]; what lies 87 below counts as e^-87.
+  float (*sum_exponentials)(const float* x, int64_t n, float largest);
 
   // Attention (layout/kv.h). Vectors are stored as the type of the cache asks for; k and v
   // [head_dim], scratch [dims].

@@ -180,3 +180,20 @@ float max_abs(const float* x, int64_t n) {
   const float of_vectors = S::largest(largest);
   return of_vectors > rest ? of_vectors : rest;
 }
+
+// The sum of e^(x[i] - largest).
+template <typename S>
+float sum_exponentials(const float* x, int64_t n, float largest) {
+  using F = typename S::F;
+  auto sums = Wide<S>::set(0);
+  float rest = 0;
+  for_each_16(
+      n,
+      [&](int64_t i) {
+        sums.each([&](F& sum, int lane) {
+          sum = S::add(sum, exponential<S>(S::sub(S::load_f(x + i + lane), S::set(largest))));
+        });
+      },
+      [&](int64_t i) { rest += exponential_of<S>(x[i] - largest); });
+  return sums.sum() + rest;
+}

@@ -57,6 +57,15 @@ def unpack(
     encoding: Encoding = "uniform",
     scale: float | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16] | None, NDArray[np.float16] | None]: ...
+def group_ranges(w: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+def nearest_codes(
+    w: NDArray[np.float32],
+    scales: NDArray[np.float16],
+    offsets: NDArray[np.float16] | None = None,
+    *,
+    zero: float,
+    bits: int,
+) -> NDArray[np.uint8]: ...
 
 class Linear:
     def __init__(
@@ -203,3 +212,30 @@ class KvCache:
     def state(self) -> NDArray[np.uint8]: ...
     def restore(self, state: NDArray[np.uint8]) -> None: ...
     def truncate(self, pos: int) -> None: ...
+
+class Sampler:
+    """Chooses tokens. Holds the random state; one thread at a time."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repeat_penalty: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+        logit_bias: Sequence[tuple[int, float]],
+        state: tuple[int, int],
+        increment: tuple[int, int],
+    ) -> None: ...
+    def sample(self, logits: NDArray[np.float32], recent: Sequence[int]) -> tuple[int, float]: ...
+    def distribution(
+        self, logits: NDArray[np.float32], recent: Sequence[int]
+    ) -> tuple[NDArray[np.int32], NDArray[np.float64]]: ...
+    def draw(self, shares: NDArray[np.float64]) -> int: ...
+    def uniform(self) -> float: ...
+
+def log_probability(logits: NDArray[np.float32], id: int) -> float: ...
+def most_likely(logits: NDArray[np.float32], k: int) -> list[tuple[int, float]]: ...

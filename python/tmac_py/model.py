@@ -15,11 +15,18 @@ from tmac_py.chat import ChatTemplate, Message, find_template
 from tmac_py.checks import check_kv, check_tables, check_threads, check_whole
 from tmac_py.config import ModelConfig
 from tmac_py.decoder import build_decoder
+from tmac_py.decoding import PREFILL_CHUNK
 from tmac_py.errors import ContextError, ModelFileError, OptionError, TmacError
-from tmac_py.generate import PREFILL_CHUNK, Result, Token, check_stop, stream_tokens
+from tmac_py.generate import Result, Token, check_stop, stream_tokens
 from tmac_py.lutfile import LutFile
 from tmac_py.pool import thread_pool
-from tmac_py.sampling import Sampler, SamplingParams, new_seed
+from tmac_py.sampling import (
+    LogitsProcessor,
+    Sampler,
+    SamplingParams,
+    check_processors,
+    new_seed,
+)
 from tmac_py.spec import Tables
 from tmac_py.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -39,6 +46,7 @@ class Model:
 
     Attributes:
         path: the .lut file.
+        file: its contents.
         config: sizes and special tokens.
         threads: threads the core computes with.
         tables: "int8", "exact" or "exact8".
@@ -64,7 +72,7 @@ class Model:
         self._template: ChatTemplate | None = None
         self._pool = thread_pool(self.threads)
         self._decoder: _core.Decoder | None = build_decoder(file, self.tables)
-        self._file = file
+        self.file = file
 
     @classmethod
     def load(
@@ -268,6 +276,8 @@ class Model:
         repeat_last_n: int = 64,
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         n_ctx: int = 0,
@@ -285,7 +295,11 @@ class Model:
             max_tokens: the most tokens to generate; -1 = until the answer ends or the context is
                 full.
             temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, presence_penalty,
-                frequency_penalty, seed: see :class:`tmac_py.sampling.SamplingParams`.
+                frequency_penalty, logit_bias, seed: see
+                :class:`tmac_py.sampling.SamplingParams`.
+            logits_processor: one or several functions that are called before every token with the
+                ids of prompt and answer so far, int32 [n], and the logits, float32 [vocab], which
+                they change in place or replace by those they return.
             stop: strings that end the answer; they are not part of it.
             n_ctx: size of the context; 0 = what prompt and ``max_tokens`` need, within what the
                 model allows.
@@ -308,8 +322,12 @@ class Model:
             repeat_last_n=repeat_last_n,
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias or {},
             seed=seed,
         )
+        for token in params.logit_bias:
+            check_whole("a token id of logit_bias", token, 0, self.config.vocab_size - 1)
+        processors = check_processors(logits_processor)
         stop = check_stop(stop)
         max_tokens = _check_max_tokens(max_tokens)
         ids = self._prompt_ids(prompt)
@@ -323,7 +341,7 @@ class Model:
             cache or self.new_cache(size, kv),
             ids,
             decoder=IncrementalDecoder(self.tokenizer, trim_space=trim_space),
-            sampler=Sampler(params),
+            sampler=Sampler(params, processors),
             eos_ids=frozenset(self.config.eos_token_ids),
             max_tokens=room,
             stop=stop,
@@ -343,6 +361,8 @@ class Model:
         repeat_last_n: int = 64,
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         n_ctx: int = 0,
@@ -367,6 +387,8 @@ class Model:
             repeat_last_n=repeat_last_n,
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            logits_processor=logits_processor,
             seed=seed,
             stop=stop,
             n_ctx=n_ctx,
@@ -385,7 +407,7 @@ class Model:
     def close(self) -> None:
         """Let go of file and weights; a generation under way ends with TmacError."""
         self._decoder = None
-        self._file.close()
+        self.file.close()
 
     def __enter__(self) -> Model:
         return self

@@ -168,6 +168,14 @@ void run_add(Reader& in, Writer& out) {
   out.array(x);
 }
 
+void run_sum_exponentials(Reader& in, Writer& out) {
+  const int64_t n = in.integer();
+  const float largest = in.real();
+  const auto x = in.array<float>(n);
+  const float sum = vector_kernels().sum_exponentials(x.data(), n, largest);
+  out.array(&sum, 1);
+}
+
 // The cache of one head.
 struct HeadCache {
   HeadCache(KvType keys_type, KvType values_type, int64_t n, int64_t head_dim)
@@ -248,6 +256,7 @@ void run_cases(const std::string& isa, const std::string& cases, const std::stri
       {"relu2_multiply", run_gated<&VectorKernels::relu2_multiply>},
       {"soft_cap", run_soft_cap},
       {"add", run_add},
+      {"sum_exponentials", run_sum_exponentials},
       {"to_half", run_to_half},
       {"attend", run_attend}};
   use_isa(isa);

@@ -60,6 +60,16 @@ COMMANDS = (
         ),
     ),
     Command(
+        "bench",
+        "measure how fast a model runs, beside what the machine allows",
+        (
+            "tmac bench",
+            "tmac bench -m model.lut -p 512 -n 128 -t 1,2,4",
+            "tmac bench --synthetic llama-2-7b:2bit -p 0 -d 0,2048",
+            "tmac bench -m model.lut -r 10 -o json > before.json",
+        ),
+    ),
+    Command(
         "inspect",
         "show and check what a .lut file holds",
         ("tmac inspect model.lut", "tmac inspect model.lut --tensors --json"),
@@ -91,6 +101,11 @@ def run(argv: Sequence[str] | None = None) -> int:
 def convert(argv: Sequence[str] | None = None) -> int:
     """``tmac-convert``, short for ``tmac convert``. Returns the exit status."""
     return _single("convert", argv)
+
+
+def bench(argv: Sequence[str] | None = None) -> int:
+    """``tmac-bench``, short for ``tmac bench``. Returns the exit status."""
+    return _single("bench", argv)
 
 
 def inspect(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -149,6 +150,16 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{text} (default: {default})",
         )
     group.add_argument(
+        "-l",
+        "--logit-bias",
+        type=_logit_bias,
+        action="append",
+        default=[],
+        metavar="ID(+|-)VALUE",
+        help="add to the logit of a token, as 15043+1 or 15043-1; 15043-inf forbids it; may be "
+        "given several times",
+    )
+    group.add_argument(
         "-s",
         "--seed",
         type=_whole(0, unlimited=True),
@@ -263,6 +274,7 @@ def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "repeat_last_n": args.repeat_last_n,
         "presence_penalty": args.presence_penalty,
         "frequency_penalty": args.frequency_penalty,
+        "logit_bias": dict(args.logit_bias),
         "seed": new_seed() if args.seed < 0 else args.seed,
     }
     SamplingParams(**options)
@@ -298,6 +310,16 @@ def _whole(low: int, high: int | None = None, *, unlimited: bool = False) -> Cal
             raise argparse.ArgumentTypeError(message) from None
 
     return parse
+
+
+def _logit_bias(text: str) -> tuple[int, float]:
+    """An argparse type: token id and number of "15043+1.5"."""
+    found = re.fullmatch(r"(\d+)([+-](?:\d+\.?\d*|\.\d+|inf))", text)
+    if found is None or found[2] == "+inf":
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed; give a token id and what to add, as 15043+1 or 15043-inf"
+        )
+    return int(found[1]), float(found[2])
 
 
 def _stdout_is_utf8() -> bool:
