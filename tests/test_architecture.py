@@ -23,6 +23,7 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
         "tmac_py.errors",
         "tmac_py.families",
         "tmac_py.filelock",
+        "tmac_py.generation_defaults",
         "tmac_py.hf_config",
         "tmac_py.json_values",
         "tmac_py.linear",

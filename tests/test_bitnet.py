@@ -141,7 +141,7 @@ def test_lut_files_hold_the_same_matrices(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", LLAMA + BITNET)
 def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     """Float32 round-off is all that is between them where no rounding is too close to call; the
-    8 bits of lm_head's inputs, which transformers does not round, are between the plain ones."""
+    14 bits of lm_head's inputs and the fp16 keys and values are between the plain ones."""
     golden = Golden(name)
     convert(golden.folder(tmp_path / "m"), tmp_path / "m.lut", group_size=32)
     with Model.load(tmp_path / "m.lut", threads=2) as model:
@@ -154,10 +154,31 @@ def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     assert np.abs(ours - golden.rounded)[golden.settled].max() < ROUND_OFF
     bound = np.abs(golden.rounded - golden.logits).max() + ROUND_OFF
     assert np.abs(ours - golden.logits)[golden.settled].max() <= bound
-    assert bound < 0.03 * golden.logits.std()
+    # In the models with squares, fp16 keys and values turn some roundings to 8 bits.
+    assert bound < (0.001 if name in LLAMA else 0.03 * golden.logits.std())
     with Model.load(tmp_path / "m.lut", threads=2, tables="int8") as model:
         assert model.tables == "int8"
         assert np.abs(model.logits(golden.ids) - golden.rounded).max() > 10 * ROUND_OFF
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3, 28])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_head_has_tables_of_its_own_however_tokens_come(
+    tmp_path: Path, n_tokens: int, threads: int
+) -> None:
+    """lm_head is no BitLinear: its exact tables stand beside those of 8 bits, for tables and for
+    integers, of one token and of many."""
+    golden = Golden("llama-packed")
+    convert(golden.folder(tmp_path / "m"), tmp_path / "m.lut", group_size=32)
+    with Model.load(tmp_path / "m.lut", threads=2) as model:
+        whole = model.logits(golden.ids)
+    with Model.load(tmp_path / "m.lut", threads=threads, tables="exact8") as model:
+        cache = model.new_cache()
+        parts = [
+            model.forward(golden.ids[i : i + n_tokens], cache, "all")
+            for i in range(0, len(golden.ids), n_tokens)
+        ]
+    assert np.array_equal(np.concatenate(parts), whole)
 
 
 @pytest.mark.parametrize("name", LLAMA)

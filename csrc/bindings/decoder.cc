@@ -92,7 +92,8 @@ std::unique_ptr<PyDecoder> make_decoder(const py::object& embed_tokens, const py
                                         int64_t rotary_dim, float rms_norm_eps, float query_scalar,
                                         float attention_softcap, float logits_softcap,
                                         float embedding_scale, const std::string& activation,
-                                        const py::list& ropes, const std::string& tables) {
+                                        const py::list& ropes, const std::string& tables,
+                                        const std::string& head_tables) {
   DecoderConfig config;
   config.n_heads = n_heads;
   config.n_kv_heads = n_kv_heads;
@@ -112,6 +113,7 @@ std::unique_ptr<PyDecoder> make_decoder(const py::object& embed_tokens, const py
                             rope["attention_scale"].cast<float>()});
   }
   config.tables = parse_tables(tables);
+  config.head_tables = parse_tables(head_tables);
 
   auto self = std::make_unique<PyDecoder>();
   const WeightReader read(&self->keep_alive);
@@ -162,7 +164,7 @@ void bind_decoder(py::module_& module) {
       .def(py::init(&make_decoder), py::kw_only(), "embed_tokens"_a, "lm_head"_a, "final_norm"_a,
            "layers"_a, "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "rotary_dim"_a, "rms_norm_eps"_a,
            "query_scalar"_a, "attention_softcap"_a, "logits_softcap"_a, "embedding_scale"_a,
-           "activation"_a, "ropes"_a, "tables"_a)
+           "activation"_a, "ropes"_a, "tables"_a, "head_tables"_a)
       .def_property_readonly("vocab_size",
                              [](const PyDecoder& self) { return self.decoder->vocab(); })
       .def("forward", &forward, "batch"_a, "pool"_a, py::kw_only(), "logits"_a = "last",

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "model/decoder.h"
 
@@ -49,7 +50,13 @@ struct Activations {
         normed(threads * widest),
         attention(config, threads, n_ctx),
         inputs(config.tables, max_regions, tokens, threads),
-        down_inputs(config.tables, max_regions, tokens, threads) {}
+        down_inputs(config.tables, max_regions, tokens, threads) {
+    if (config.head_tables != config.tables) {
+      own_head_inputs.emplace(config.head_tables, max_regions, tokens, threads);
+    }
+  }
+
+  Inputs& head_inputs() { return own_head_inputs ? *own_head_inputs : inputs; }
 
   int64_t tokens, threads, n_ctx;
   AlignedBuffer<float> x;               // [tokens, hidden] the residual stream
@@ -63,6 +70,7 @@ struct Activations {
   AlignedBuffer<float> normed;          // [threads, widest]
   AttentionScratch attention;
   Inputs inputs;
+  std::optional<Inputs> own_head_inputs;
   Inputs down_inputs;  // built tile by tile while gate and up still read `inputs`
 };
 

@@ -80,7 +80,8 @@ int64_t Decoder::most_regions() const {
 
 int64_t Decoder::tokens_at_once(bool all) const {
   const Tables tables = config_.tables;
-  bool serve_rows = !all || head_plan_.serves_rows(tables), prefer_tables = true;
+  bool serve_rows = !all || head_plan_.serves_rows(config_.head_tables);
+  bool prefer_tables = true;
   for (const LayerPlans& p : plans_) {
     for (const InputPlan* plan : {&p.qkv, &p.o, &p.gate_up, &p.down}) {
       serve_rows &= plan->serves_rows(tables);

@@ -34,6 +34,7 @@ struct DecoderConfig {
   Activation activation = Activation::kSilu;
   std::vector<Rope> ropes;
   Tables tables = Tables::kInt8;
+  Tables head_tables = Tables::kInt8;  // of lm_head
 };
 
 // Null pointers are steps that a family does not have.

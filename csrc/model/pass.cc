@@ -54,7 +54,7 @@ void Decoder::Pass::layer(size_t i) {
   const LayerWeights& w = weights.layers[i];
   const LayerPlans& plans = model.plans_[i];
   norm_into_inputs(a.x.data(), w.input_norm, hidden, plans.qkv, a.inputs);
-  multiply(plans.qkv,
+  multiply(a.inputs, plans.qkv,
            {{w.q, w.q_bias, a.q.data()}, {w.k, w.k_bias, a.k.data()}, {w.v, w.v_bias, a.v.data()}},
            n);
   store_keys_and_values(static_cast<int64_t>(i));
@@ -65,9 +65,9 @@ void Decoder::Pass::layer(size_t i) {
 
 void Decoder::Pass::head(const int64_t* outputs, int64_t count, int64_t first, float* logits) {
   if (count == 0) return;
-  norm_into_inputs(a.x.data(), weights.final_norm, hidden, model.head_plan_, a.inputs, count,
+  norm_into_inputs(a.x.data(), weights.final_norm, hidden, model.head_plan_, a.head_inputs(), count,
                    [&](int64_t i) { return outputs[i] - first; });
-  multiply(model.head_plan_, {{weights.lm_head, nullptr, logits}}, count);
+  multiply(a.head_inputs(), model.head_plan_, {{weights.lm_head, nullptr, logits}}, count);
   if (config.logits_softcap > 0) {
     constexpr int64_t kPiece = 4096;
     const int64_t size = count * weights.lm_head.spec.m;
@@ -86,8 +86,8 @@ void Decoder::Pass::add_bias(const float* bias, int64_t count, int64_t begin, in
 }
 
 // All products of one input, their tiles dealt out together.
-void Decoder::Pass::multiply(const InputPlan& plan, std::initializer_list<Product> products,
-                             int64_t count) {
+void Decoder::Pass::multiply(Inputs& inputs, const InputPlan& plan,
+                             std::initializer_list<Product> products, int64_t count) {
   const int64_t at_once = tiles_at_once(count);
   const auto pieces_of = [&](const Product& p) { return ceil_div(p.w.spec.n_tiles(), at_once); };
   int64_t pieces = 0;
@@ -101,7 +101,7 @@ void Decoder::Pass::multiply(const InputPlan& plan, std::initializer_list<Produc
         return std::min(std::clamp<int64_t>(piece - before, 0, here) * at_once, p.w.spec.n_tiles());
       };
       const int64_t m = p.w.spec.m, first = tile(begin), last = tile(end);
-      multiply_tiles(team, p.w, a.inputs, plan, reader++, count, first, last, p.y, m);
+      multiply_tiles(team, p.w, inputs, plan, reader++, count, first, last, p.y, m);
       add_bias(p.bias, count, first * kTileRows, std::min(last * kTileRows, m), p.y, m);
       before += here;
     }

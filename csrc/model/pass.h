@@ -54,7 +54,8 @@ struct Decoder::Pass {
                         Inputs& inputs);
   void add_bias(const float* bias, int64_t count, int64_t begin, int64_t end, float* y,
                 int64_t stride);
-  void multiply(const InputPlan& plan, std::initializer_list<Product> products, int64_t count);
+  void multiply(Inputs& inputs, const InputPlan& plan, std::initializer_list<Product> products,
+                int64_t count);
   void multiply_add(const Linear& w, const float* bias, const float* out_norm, Inputs& inputs,
                     const InputPlan& plan);
   // Where the cosines and sines of a token are.

@@ -174,6 +174,7 @@ class Decoder:
         activation: str,
         ropes: Sequence[RopeTables],
         tables: Tables,
+        head_tables: Tables,
     ) -> None: ...
     @property
     def vocab_size(self) -> int: ...

@@ -80,6 +80,7 @@ def build_decoder(file: LutFile, tables: Tables) -> _core.Decoder:
         feed_forward_norm = "pre_feedforward_layernorm"
         optional |= _OUT_NORMS
     embed_tokens = linear("model.embed_tokens")
+    head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     return _core.Decoder(
         embed_tokens=embed_tokens,
         lm_head=embed_tokens if config.tie_word_embeddings else linear("lm_head"),
@@ -105,4 +106,16 @@ def build_decoder(file: LutFile, tables: Tables) -> _core.Decoder:
             for rope in config.ropes()
         ],
         tables=tables,
+        head_tables=_head_tables(file, f"{head}.weight", tables),
     )
+
+
+def _head_tables(file: LutFile, head: str, tables: Tables) -> Tables:
+    """In BitNet the inputs of its ternary matrices are rounded to 8 bits, those of others are not.
+
+    Ma et al., 2024 (arXiv 2402.17764), section 2: lm_head is no BitLinear.
+    """
+    _, spec = file.linear(head)
+    if tables == "exact8" and file.config.activation_bits == 8 and spec.encoding != "ternary":
+        return "exact"
+    return tables

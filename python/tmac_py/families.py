@@ -33,7 +33,6 @@ class Family:
         fields: config.json and the number of layers -> fields of ModelConfig; raises
             UnsupportedError or ModelFileError.
         norm_offset: added to the weights of norms when a checkpoint is read.
-        fused: modules whose rows are those of several, one after another.
         rope_types: names that the family has for others' types of rope scaling.
     """
 
@@ -41,7 +40,6 @@ class Family:
     defaults: Values = field(default_factory=dict)
     fields: Callable[[Values, int], dict[str, Any]] = lambda _config, _n_layers: {}
     norm_offset: float = 0.0
-    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rope_types: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -231,10 +229,6 @@ FAMILIES: dict[str, Family] = {
             "original_max_position_embeddings": 4096,
         },
         _phi3,
-        fused={
-            "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-        },
         rope_types={"su": "longrope", "yarn": "longrope"},
     ),
     "gemma2": Family("Gemma 2", _GEMMA, _gemma2, norm_offset=1.0),

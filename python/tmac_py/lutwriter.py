@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import secrets
 from collections.abc import Collection, Mapping
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from tmac_py.blockwriter import BlockWriter
 from tmac_py.config import ModelConfig
 from tmac_py.errors import ModelFileError
+from tmac_py.filelock import create_held, remove_unheld
 from tmac_py.lutheader import (
     TOKENIZER_PREFIX,
     TensorEntry,
@@ -42,7 +44,8 @@ class LutWriter:
     Packed matrices go to a temporary file beside ``path`` as they are added, each while the caller
     makes the next one; leaving the block without an exception checks that the model is complete,
     writes the rest and renames. Leaving it with any exception, KeyboardInterrupt included, removes
-    the temporary file and leaves ``path`` as it was.
+    the temporary file and leaves ``path`` as it was. Temporary files of processes that were killed
+    go when the next writer of ``path`` comes.
     """
 
     def __init__(
@@ -73,12 +76,16 @@ class LutWriter:
     def __enter__(self) -> LutWriter:
         if self._path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self._path))
-        temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(6)}.tmp")
-        try:
-            self._file = temporary.open("xb", buffering=0)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
-        self._temporary = temporary
+        for left in self._path.parent.glob(f".{glob.escape(self._path.name)}.{'?' * 12}.tmp"):
+            remove_unheld(left)
+        file = None
+        while file is None:
+            temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(6)}.tmp")
+            try:
+                file = create_held(temporary)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self._path)) from None
+        self._file, self._temporary = file, temporary
         self._data = BlockWriter(self._file, self._data_start)
         self._background = Background()
         return self

@@ -18,6 +18,7 @@ from tmac_py.decoder import build_decoder
 from tmac_py.decoding import PREFILL_CHUNK
 from tmac_py.errors import ContextError, ModelFileError, OptionError, TmacError
 from tmac_py.generate import Result, Token, check_stop, stream_tokens
+from tmac_py.generation_defaults import load_defaults
 from tmac_py.lutfile import LutFile
 from tmac_py.pool import thread_pool
 from tmac_py.sampling import (
@@ -50,6 +51,8 @@ class Model:
         config: sizes and special tokens.
         threads: threads the core computes with.
         tables: "int8", "exact" or "exact8".
+        sampling_defaults: arguments of SamplingParams that the checkpoint's generation_config.json
+            named.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Model:
         files = file.tokenizer
         self._tokenizer = Tokenizer(files, bos_id=file.config.bos_token_id) if files else None
         settings = self._tokenizer.config if self._tokenizer else {}
+        self.sampling_defaults = load_defaults(files)
         self._template_source = find_template(files, settings)
         self._template: ChatTemplate | None = None
         self._pool = thread_pool(self.threads)
@@ -91,7 +95,8 @@ class Model:
                 affinity and quota included). Models with the same number share the threads.
             tables: lookup tables of "int8" (fast), "exact" (activations rounded to 14 bits, exact
                 sums) or "exact8" (to 8 bits per token: BitNet's arithmetic); None takes "exact8"
-                for models made for it, "int8" for others.
+                for models made for it, "int8" for others. With "exact8" an lm_head of such a model
+                that is not ternary gets "exact", as in its training.
             check: compare all tensors with their checksums first.
 
         Raises:
@@ -268,14 +273,14 @@ class Model:
         prompt: str | Sequence[int],
         *,
         max_tokens: int = 256,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
-        repeat_last_n: int = 64,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
+        repeat_last_n: int | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
         seed: int | None = None,
@@ -296,7 +301,8 @@ class Model:
                 full.
             temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, presence_penalty,
                 frequency_penalty, logit_bias, seed: see
-                :class:`tmac_py.sampling.SamplingParams`.
+                :class:`tmac_py.sampling.SamplingParams`; None = as the model's makers want it
+                (``sampling_defaults``), else as there.
             logits_processor: one or several functions that are called before every token with the
                 ids of prompt and answer so far, int32 [n], and the logits, float32 [vocab], which
                 they change in place or replace by those they return.
@@ -313,18 +319,20 @@ class Model:
             OptionError: an argument is not allowed.
             TmacError: the model is closed.
         """
-        params = SamplingParams(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repeat_penalty=repeat_penalty,
-            repeat_last_n=repeat_last_n,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=logit_bias or {},
-            seed=seed,
-        )
+        given = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repeat_penalty": repeat_penalty,
+            "repeat_last_n": repeat_last_n,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "logit_bias": logit_bias,
+            "seed": seed,
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        params = SamplingParams(**{**self.sampling_defaults, **chosen})
         for token in params.logit_bias:
             check_whole("a token id of logit_bias", token, 0, self.config.vocab_size - 1)
         processors = check_processors(logits_processor)
@@ -353,14 +361,14 @@ class Model:
         prompt: str | Sequence[int],
         *,
         max_tokens: int = 256,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
-        repeat_last_n: int = 64,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
+        repeat_last_n: int | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
         seed: int | None = None,

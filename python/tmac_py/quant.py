@@ -279,14 +279,17 @@ def bcq_tensor(
     offsets: NDArray[np.float16],
     *,
     group_size: int | None = None,
+    order: NDArray[np.int32] | None = None,
 ) -> QuantTensor:
     """The matrix of codes ``[m, k]`` whose bits have the scales ``[m, n_groups, bits]``.
 
-    Offsets are ``[m, n_groups]``, of groups of ``group_size`` weights (default: k).
+    Offsets are ``[m, n_groups]``, of groups of ``group_size`` weights (default: k); ``order`` is
+    as in QuantTensor.
     Raises ValueError when shapes, dtypes or code values do not fit together.
     """
     size = codes.shape[-1] if group_size is None else group_size
-    return QuantTensor(codes, scales, offsets, scales.shape[-1], size, "offset", 0.0, "bcq")
+    bits = scales.shape[-1]
+    return QuantTensor(codes, scales, offsets, bits, size, "offset", 0.0, "bcq", order=order)
 
 
 def quantize_ternary(w: MatrixLike, *, scale: float | None = None) -> QuantTensor:

@@ -47,9 +47,12 @@ COMMANDS = (
     ),
     Command(
         "convert",
-        "convert a GGUF file or a Hugging Face folder to a .lut file",
+        "convert a GGUF file, a Hugging Face folder or one on the hub to a .lut file",
         (
             "tmac convert model.Q4_1.gguf model.lut",
+            "tmac convert HuggingFaceTB/SmolLM2-135M-Instruct model.lut --bits 4",
+            "tmac convert someone/SmolLM2-135M-GGUF:Q4_K_M model.lut",
+            "tmac convert ./SmolLM2-135M-Instruct-GPTQ model.lut --verify",
             "tmac convert ./SmolLM2-135M-Instruct model.lut --bits 4 --group-size 64",
             "tmac convert ./SmolLM2-135M-Instruct model.lut --quant rtn --bits 8 --no-asym",
             "tmac convert ./SmolLM2-135M-Instruct model.lut --quant mse --bits-for down_proj=6",

@@ -124,28 +124,41 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature",
         dest="temperature",
         type=float,
-        default=0.8,
         metavar="T",
-        help="randomness; 0 always takes the most likely token (default: 0.8)",
+        help="randomness; 0 always takes the most likely token (default: the model's, else 0.8)",
     )
     for name, kind, default, text in (
-        ("top-k", int, 40, "choose among the N most likely tokens (0 = all)"),
-        ("top-p", float, 0.95, "choose among the likeliest tokens that make up N (1 = all)"),
+        ("top-k", int, "the model's, else 40", "choose among the N most likely tokens (0 = all)"),
+        (
+            "top-p",
+            float,
+            "the model's, else 0.95",
+            "choose among the likeliest tokens that make up N (1 = all)",
+        ),
         (
             "min-p",
             float,
-            0.05,
+            "the model's, else 0.05",
             "drop tokens below N times the likeliest one's probability (0 = off)",
         ),
-        ("repeat-penalty", float, 1.0, "make recent tokens less likely (1 = off)"),
-        ("repeat-last-n", int, 64, "tokens the penalties look back at (0 = none, -1 = all)"),
-        ("presence-penalty", float, 0.0, "taken off the logit of every recent token (0 = off)"),
-        ("frequency-penalty", float, 0.0, "the same for each time it occurs (0 = off)"),
+        (
+            "repeat-penalty",
+            float,
+            "the model's, else 1",
+            "make recent tokens less likely (1 = off)",
+        ),
+        (
+            "repeat-last-n",
+            int,
+            "64, or -1 if the model has a penalty",
+            "tokens the penalties look back at (0 = none, -1 = all)",
+        ),
+        ("presence-penalty", float, "0", "taken off the logit of every recent token (0 = off)"),
+        ("frequency-penalty", float, "0", "the same for each time it occurs (0 = off)"),
     ):
         group.add_argument(
             f"--{name}",
             type=kind,
-            default=default,
             metavar="N",
             help=f"{text} (default: {default})",
         )
@@ -277,8 +290,9 @@ def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "logit_bias": dict(args.logit_bias),
         "seed": new_seed() if args.seed < 0 else args.seed,
     }
-    SamplingParams(**options)
-    return options
+    given = {name: value for name, value in options.items() if value is not None}
+    SamplingParams(**given)
+    return given
 
 
 def _prompt_ids(model: Model, prompt: str, args: argparse.Namespace) -> tuple[bool, list[int]]:
