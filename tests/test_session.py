@@ -108,7 +108,7 @@ def test_a_closed_stream_leaves_what_was_said(model: Model) -> None:
 def test_an_interrupt_in_the_prompt_keeps_what_was_computed(model: Model) -> None:
     session = model.new_session()
 
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(*_: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
