@@ -4,6 +4,8 @@
 
 Writes checkpoints of random numbers in the shapes of Llama-2-7B with few layers, converts each in a
 process of its own and prints a Markdown table. Matrices stored as floats are rounded by --quant.
+MB/s are bytes of the .lut over the time until it stands on the disk, and over the time that all
+cores together were busy: the latter says what the machine can do where other programs run too.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def main() -> None:
     config = replace(SHAPES["llama-2-7b"], num_hidden_layers=args.layers, vocab_size=args.vocab)
     print(f"<!-- {json.dumps(machine_facts())} -->")
     print(f"{args.layers} layers, vocabulary of {args.vocab}, floats by {args.quant}\n")
-    print("| kind | source MB | .lut MB | s | MB/s of .lut | cores busy | allocated MB | RSS MB |")
+    print("| kind | source MB | .lut MB | s | MB/s | of a core | allocated MB | RSS MB |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         for kind in args.kinds.split(","):
@@ -130,12 +132,12 @@ def drop_from_memory(files: list[Path]) -> None:
 def row(kind: str, source_bytes: int, runs: list[Run]) -> str:
     speed = Spread.of([run.nbytes / run.seconds / 1e6 for run in runs])
     seconds = Spread.of([run.seconds for run in runs]).median
-    busy = Spread.of([run.cpu_seconds / run.seconds for run in runs]).median
+    core_speed = Spread.of([run.nbytes / run.cpu_seconds / 1e6 for run in runs])
     anonymous = max(run.anonymous for run in runs)
     resident = max(run.resident for run in runs)
     return (
         f"| {kind} | {source_bytes / 1e6:.0f} | {runs[0].nbytes / 1e6:.0f} | {seconds:.2f} "
-        f"| {speed} | {busy:.2f} | {anonymous / 1e6:.0f} | {resident / 1e6:.0f} |"
+        f"| {speed} | {core_speed} | {anonymous / 1e6:.0f} | {resident / 1e6:.0f} |"
     )
 
 

@@ -28,9 +28,9 @@ def params_of(lut: Path, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> S
     seen: list[SamplingParams] = []
     init = Sampler.__init__
 
-    def spy(self: Sampler, params: SamplingParams) -> None:
+    def spy(self: Sampler, params: SamplingParams, *more: Any) -> None:
         seen.append(params)
-        init(self, params)
+        init(self, params, *more)
 
     monkeypatch.setattr(Sampler, "__init__", spy)
     with Model.load(lut, threads=1) as model:

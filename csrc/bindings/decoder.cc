@@ -159,20 +159,6 @@ void bind_decoder(py::module_& module) {
       .def(py::init<int>(), "threads"_a)
       .def_property_readonly("threads", &ThreadPool::threads);
 
-  py::class_<KvCache>(module, "KvCache", "fp16 keys and values of one sequence.")
-      .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::kw_only(), "n_layers"_a,
-           "n_kv_heads"_a, "head_dim"_a, "n_ctx"_a)
-      .def_property_readonly("pos", &KvCache::pos, "Tokens held.")
-      .def_property_readonly("n_ctx", &KvCache::n_ctx)
-      .def_property_readonly("nbytes", &KvCache::nbytes, "Bytes when full.")
-      .def(
-          "truncate",
-          [](KvCache& self, int64_t pos) {
-            const KvCache::Use use(self);
-            self.truncate(pos);
-          },
-          "pos"_a, "Forgets the tokens from `pos` on.");
-
   py::class_<PyDecoder>(module, "Decoder",
                         "Const weights of one model; shared by every cache and thread.")
       .def(py::init(&make_decoder), py::kw_only(), "embed_tokens"_a, "lm_head"_a, "final_norm"_a,

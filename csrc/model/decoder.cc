@@ -115,7 +115,7 @@ std::vector<Token> Decoder::check_batch(const std::vector<Sequence>& batch) cons
     const int64_t n = sequence.n;
     check_argument(cache.n_layers() == static_cast<int64_t>(weights_.layers.size()) &&
                        cache.n_kv_heads() == config_.n_kv_heads &&
-                       cache.head_dim() == config_.head_dim,
+                       cache.shape().head_dim == config_.head_dim,
                    "the KV cache was made for another model");
     check_argument(n >= 1, "forward needs at least one token");
     check_argument(cache.pos() + n <= cache.n_ctx(), n, " tokens do not fit: the cache holds ",

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tmac_py import _core
 from tmac_py.chat import ChatTemplate, Message, find_template
-from tmac_py.checks import check_tables, check_threads, check_whole
+from tmac_py.checks import check_kv, check_tables, check_threads, check_whole
 from tmac_py.config import ModelConfig
 from tmac_py.decoder import build_decoder
 from tmac_py.decoding import PREFILL_CHUNK
@@ -134,12 +134,19 @@ class Model:
         """The most tokens the model was made for, prompt and answer together."""
         return self.config.max_position_embeddings
 
-    def new_cache(self, n_ctx: int = 0) -> _core.KvCache:
+    def new_cache(self, n_ctx: int = 0, kv: str = "f16") -> _core.KvCache:
         """An empty KV cache for one sequence of up to ``n_ctx`` tokens; 0 = all the model allows.
+
+        Args:
+            n_ctx: tokens.
+            kv: how keys and values are stored: "f16", "int8" (half the memory), "int4" (a quarter),
+                or keys and values apart, as in "int8/int4".
 
         Raises:
             ContextError: ``n_ctx`` is more than the model allows, or there is not enough memory.
+            OptionError: ``kv`` is none of these.
         """
+        keys, values = check_kv(kv)
         self._open_decoder()
         n_ctx = self._check_n_ctx(n_ctx)
         config = self.config
@@ -149,6 +156,8 @@ class Model:
                 n_kv_heads=config.num_key_value_heads,
                 head_dim=config.head_dim,
                 n_ctx=n_ctx,
+                keys=keys,
+                values=values,
             )
         except (MemoryError, RuntimeError, ValueError) as error:
             raise ContextError(
@@ -277,6 +286,7 @@ class Model:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         n_ctx: int = 0,
+        kv: str = "f16",
         cache: _core.KvCache | None = None,
         trim_space: bool = False,
         progress: Progress | None = None,
@@ -299,6 +309,7 @@ class Model:
             stop: strings that end the answer; they are not part of it.
             n_ctx: size of the context; 0 = what prompt and ``max_tokens`` need, within what the
                 model allows.
+            kv: how a new cache stores keys and values, see :meth:`new_cache`.
             cache: continue after what this KV cache holds, in place of a new one.
             trim_space: drop the space with which SentencePiece vocabularies begin an answer.
             progress: called with (tokens done, all tokens) after each part of the prompt.
@@ -330,11 +341,12 @@ class Model:
         ids = self._prompt_ids(prompt)
         if cache is not None and n_ctx:
             raise OptionError("n_ctx and cache exclude each other: a cache has its size")
+        check_kv(kv)
         size = cache.n_ctx if cache else self._fitting_n_ctx(len(ids), max_tokens, n_ctx)
         room = _room(size, cache.pos if cache else 0, len(ids), max_tokens)
         return stream_tokens(
             self.forward,
-            cache or self.new_cache(size),
+            cache or self.new_cache(size, kv),
             ids,
             decoder=IncrementalDecoder(self.tokenizer, trim_space=trim_space),
             sampler=Sampler(params, processors),
@@ -362,6 +374,7 @@ class Model:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         n_ctx: int = 0,
+        kv: str = "f16",
         cache: _core.KvCache | None = None,
         trim_space: bool = False,
         progress: Progress | None = None,
@@ -387,6 +400,7 @@ class Model:
             seed=seed,
             stop=stop,
             n_ctx=n_ctx,
+            kv=kv,
             cache=cache,
             trim_space=trim_space,
             progress=progress,

@@ -60,6 +60,13 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "model allows)",
     )
     group.add_argument(
+        "--kv",
+        default="f16",
+        metavar="TYPE",
+        help="how the context is stored: f16, int8 or int4, or keys and values apart as in "
+        "int8/int4 (default: f16)",
+    )
+    group.add_argument(
         "--tables",
         choices=get_args(Tables),
         help="lookup tables of 8 bits, or exact sums of activations rounded to 14 bits, which are "
@@ -203,6 +210,7 @@ def execute(args: argparse.Namespace) -> int:
             ids,
             max_tokens=args.max_tokens,
             n_ctx=args.ctx_size,
+            kv=args.kv,
             stop=args.stop,
             trim_space=chat,
             progress=answer.prefilled,
