@@ -52,7 +52,11 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="Hugging Face folder of floats, or GGUF file")
     parser.add_argument("--text", type=Path, default=TEXT, help="held-out text")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of it (default: 512)")
-    parser.add_argument("--methods", default=",".join(METHODS), help="default: all")
+    parser.add_argument(
+        "--methods",
+        default=",".join(METHODS),
+        help="METHOD, or METHOD+order with act_order (default: %(default)s)",
+    )
     parser.add_argument(
         "--cases",
         default=",".join(f"{bits}x{group}" for bits, group in CASES),
@@ -88,8 +92,8 @@ def run(source: Path, out: Path, args: argparse.Namespace) -> None:
             if options is None:
                 continue
             start = time.perf_counter()
-            calibrated = METHODS[method].calibrated
-            convert(source, out, quant=method, **options, **(calibration if calibrated else {}))
+            calibrated = METHODS[options["quant"]].calibrated
+            convert(source, out, **options, **(calibration if calibrated else {}))
             seconds = time.perf_counter() - start
             with Model.load(out, tables="exact") as model:
                 ours = log_softmax(model.logits(ids))
@@ -108,9 +112,16 @@ def case_options(case: str, method: str) -> dict[str, Any] | None:
     """Keyword arguments of `convert`; None where the method has no such case."""
     bits, _, group = case.partition("x")
     asym = not group.endswith("s")
-    if not asym and method in ("hqq", "bcq"):
+    quant, _, order = method.partition("+")
+    if not asym and METHODS[quant].offsets:
         return None
-    options: dict[str, Any] = {"group_size": int(group.removesuffix("s")), "asym": asym}
+    options: dict[str, Any] = {
+        "quant": quant,
+        "group_size": int(group.removesuffix("s")),
+        "asym": asym,
+    }
+    if order:
+        options["act_order"] = True
     if bits.startswith("bpw"):
         return {**options, "target_bpw": float(bits.removeprefix("bpw"))}
     return {**options, "bits": int(bits)}

@@ -1,4 +1,5 @@
-# The list of instruction sets: one object library for each row that this architecture builds, and
+# The list of instruction sets: one object library for each row that this architecture builds (the
+# products, and the float work in an object of its own), and
 # the header that csrc/kernels/dispatch.cc reads the list from.
 
 string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" TMAC_ARCHITECTURE)
@@ -24,7 +25,8 @@ endif()
 
 function(tmac_isa name architecture header type flags needs)
   if(architecture STREQUAL "any" OR architecture STREQUAL TMAC_ARCHITECTURE)
-    add_library(tmac_isa_${name} OBJECT csrc/kernels/isa.cc)
+    add_library(tmac_isa_${name} OBJECT
+      csrc/kernels/isa.cc csrc/kernels/vector_isa.cc)
     target_include_directories(tmac_isa_${name} PRIVATE csrc)
     # GCC 12 takes the undefined pass-through operands in its own intrinsics for mistakes.
     target_compile_options(tmac_isa_${name} PRIVATE ${flags} ${TMAC_ORDER_FLAGS}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from tmac_py.converters import gguf, huggingface
-from tmac_py.converters.checkpoint import HEADS, Checkpoint, Reader, listed, naming
+from tmac_py.converters.checkpoint import HEADS, PICKLES, Checkpoint, Reader, listed, naming
 from tmac_py.converters.conversion import Progress, convert_checkpoint, needs_calibration
+from tmac_py.converters.hub import SCHEME, fetch, parse_id
 from tmac_py.converters.lora import merge_lora
 from tmac_py.converters.options import QuantOptions
+from tmac_py.converters.verification import verify_checkpoint
 from tmac_py.errors import ModelFileError, UnsupportedError
 
 __all__ = [
@@ -27,21 +30,27 @@ __all__ = [
 READERS: tuple[Reader, ...] = (cast(Reader, gguf), cast(Reader, huggingface))
 """Readers in the order they are asked."""
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, quiet: bool = True) -> Checkpoint:
     """Find the reader for ``source`` and read everything but the weights.
+
+    ``source`` is a path, or else the name of a repository on the Hugging Face hub
+    (`tmac_py.converters.hub.parse_id`), whose files are fetched into the hub's cache; ``quiet``
+    without bars.
 
     Raises ModelFileError for a missing or broken source, UnsupportedError for one of another kind.
     """
     path = Path(source)
+    if not path.exists() and (hub_id := parse_id(str(source))) is not None:
+        path, name = fetch(hub_id, quiet=quiet)
+        checkpoint = open_checkpoint(path)
+        return replace(checkpoint, source={**checkpoint.source, "file": name})
     if not path.exists():
         raise ModelFileError(f"{path}: no such file or folder")
     for reader in READERS:
         if reader.detect(path):
             return reader.read(path)
-    if path.suffix in _PICKLES:
+    if path.suffix in PICKLES:
         raise UnsupportedError(
             f"{path}: a pickle, which can run code when it is opened; safetensors or GGUF is needed"
         )
@@ -60,15 +69,17 @@ def convert(
     head_bits: int | None = None,
     group_size: int | None = None,
     asym: bool | None = None,
+    act_order: bool | None = None,
     target_bpw: float | None = None,
     calibration: str | Path | None = None,
     calibration_tokens: int | None = None,
     requantize: bool = False,
     lora: str | Path | None = None,
+    verify: bool = False,
     progress: Progress | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> None:
-    """Convert a GGUF file or a Hugging Face folder to a .lut file, replacing ``out``.
+    """Convert a GGUF file, a Hugging Face folder or one on the hub to a .lut file at ``out``.
 
     The options are for matrices stored as floats (None: the defaults of QuantOptions); a source
     without such matrices refuses them. ``requantize`` dequantises matrices in types whose codes a
@@ -77,9 +88,11 @@ def convert(
     tensor, or by one layer and the activations of the calibration text; ``out`` appears whole or
     not at all; equal sources and options give equal bytes (calibrated ones on equal machines: BLAS
     sums as the CPU likes it).
+    ``verify`` writes nothing: it converts once more and compares the ``out`` that is there.
     ``warn`` gets what is worth knowing.
 
-    Raises ModelFileError, UnsupportedError, and OSError for files that cannot be read or written.
+    Raises ModelFileError (for a difference that ``verify`` finds too), UnsupportedError, and
+    OSError for files that cannot be read or written.
     """
     given: dict[str, Any] = {
         name: value
@@ -90,6 +103,7 @@ def convert(
             ("head_bits", head_bits),
             ("group_size", group_size),
             ("asym", asym),
+            ("act_order", act_order),
             ("target_bpw", target_bpw),
             ("calibration", calibration),
             ("calibration_tokens", calibration_tokens),
@@ -97,9 +111,8 @@ def convert(
         if value is not None
     }
     options = QuantOptions(**given)
-    checkpoint = open_checkpoint(source)
-    with naming(Path(source)):
-        checkpoint.config.check_runnable()
+    checkpoint = open_checkpoint(source, quiet=progress is None)
+    where = source if str(source).startswith(SCHEME) else Path(source)
     if lora is not None:
         checkpoint = merge_lora(checkpoint, Path(lora))
     _check_codebooks(source, checkpoint, requantize)
@@ -107,8 +120,9 @@ def convert(
     if warn is not None:
         for text in checkpoint.warnings:
             warn(text)
-    with naming(Path(source)):
-        convert_checkpoint(checkpoint, out, options, progress=progress)
+    with naming(where):
+        work = verify_checkpoint if verify else convert_checkpoint
+        work(checkpoint, out, options, progress=progress)
 
 
 def _check_codebooks(source: str | Path, checkpoint: Checkpoint, requantize: bool) -> None:
@@ -130,11 +144,17 @@ def _refuse_idle(
 ) -> None:
     """An option that no matrix would heed is an error, not a silence."""
     dense = {tensor.name for tensor in checkpoint.tensors if tensor.dense}
-    idle = {"bits": not dense - set(HEADS), "head_bits": not dense & set(HEADS)}
+    layers = bool(dense - set(HEADS))
+    idle = {"bits": not layers, "act_order": not layers, "head_bits": not dense & set(HEADS)}
     if useless := [name for name in given if idle.get(name, not dense)]:
         raise UnsupportedError(
             f"{source}: {', '.join(useless)} would have no effect: the matrices concerned are "
             "already quantised, and their codes are kept"
+        )
+    if "quant" in given and options.method.alone is not None and not layers:
+        raise UnsupportedError(
+            f"{source}: quant {options.quant} would have no effect: only embedding and lm_head are "
+            "stored as floats, and it looks at inputs in layers (rtn, mse, hqq and bcq need none)"
         )
     looks = needs_calibration(checkpoint, options)
     if useless := [name for name in given if name.startswith("calibration") and not looks]:

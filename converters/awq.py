@@ -38,12 +38,16 @@ from tmac_py.converters.weight_format import (
     is_dense,
 )
 from tmac_py.errors import UnsupportedError
-from tmac_py.quant import QuantTensor, count_groups, resolve_group_size
+from tmac_py.parallel import map_threads
+from tmac_py.quant import QuantTensor, count_groups, resolve_group_size, row_chunks
 
 _BITS = 4
 _FIELDS = 8  # of a word
 _FIELD_OF_ROW = (0, 4, 1, 5, 2, 6, 3, 7)
 """gemm: where a word holds each of its 8 rows of the matrix."""
+
+_CHUNK_WEIGHTS = 1 << 17
+"""Weights that one thread unpacks at once."""
 
 _FAST_COLUMNS = 64
 """fast: so many columns of 4 rows stand together."""
@@ -84,11 +88,17 @@ class Gemm:
     @staticmethod
     def _rows(words: NDArray[Any], m: int) -> NDArray[np.uint8]:
         """Words ``[n, m/8]`` -> their fields ``[m, n]``."""
-        words = np.ascontiguousarray(words.T).view(np.uint32)
-        rows = np.empty((len(words), _FIELDS, words.shape[1]), np.uint8)
-        for row, field in enumerate(_FIELD_OF_ROW):
-            rows[:, row] = words >> np.uint32(_BITS * field) & np.uint32(0xF)
-        return rows.reshape(-1, words.shape[1])[:m]
+        n, n_words = words.shape
+        rows = np.empty((n_words, _FIELDS, n), np.uint8)
+
+        def unpack(part: slice) -> None:
+            pairs = np.ascontiguousarray(words[:, part].T).view(np.uint8).reshape(-1, n, 4)
+            nibbles = pairs & np.uint8(0xF), pairs >> np.uint8(_BITS)
+            for row, field in enumerate(_FIELD_OF_ROW):
+                rows[part, row] = nibbles[field % 2][..., field // 2]
+
+        map_threads(unpack, row_chunks(n_words, n * _FIELDS, _CHUNK_WEIGHTS))
+        return rows.reshape(-1, n)[:m]
 
 
 @dataclass(frozen=True)
@@ -154,16 +164,24 @@ class GemvFast:
         m, k = shape
         refuse_bias(parts)
         words = parts["qweight"].load().view(np.uint16)
-        fields = np.empty((*words.shape, 4), np.uint8)
-        for i in range(4):
-            fields[..., i] = words >> np.uint16(_BITS * i) & np.uint16(0xF)
-        # A word has 4 neighbours of a row; 64 columns of a row are followed by those of the next.
-        rows = fields.reshape(m // 4, k // _FAST_COLUMNS, 4, _FAST_COLUMNS).transpose(0, 2, 1, 3)
-        # 32 columns are shuffled: eights hold the pairs 0, 4, 8, 12, ..., first their even columns.
-        pairs = rows.reshape(m, k // 32, 4, 2, 4).transpose(0, 1, 4, 2, 3)
+        codes = np.empty((m // 4, 4 * k), np.uint8)
+
+        def unpack(part: slice) -> None:
+            fields = np.empty((*words[part].shape, 4), np.uint8)
+            for i in range(4):
+                fields[..., i] = words[part] >> np.uint16(_BITS * i) & np.uint16(0xF)
+            # A word has 4 neighbours of a row; 64 columns of a row are followed by those of the
+            # next.
+            rows = fields.reshape(-1, k // _FAST_COLUMNS, 4, _FAST_COLUMNS).swapaxes(1, 2)
+            # 32 columns are shuffled: eights hold the pairs 0, 4, 8, 12, ..., first their even
+            # columns.
+            pairs = rows.reshape(-1, k // 32, 4, 2, 4).transpose(0, 1, 4, 2, 3)
+            codes[part] = pairs.reshape(-1, 4 * k)
+
+        map_threads(unpack, row_chunks(m // 4, 4 * k, _CHUNK_WEIGHTS))
         groups = _groups(k, self.group_size)
         return QuantTensor(
-            np.ascontiguousarray(pairs).reshape(m, k),
+            codes.reshape(m, k),
             np.ascontiguousarray(load_half(parts["scales"])[:groups].T),
             np.ascontiguousarray(load_half(parts[_offsets_name(parts)])[:groups].T),
             _BITS,

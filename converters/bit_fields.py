@@ -7,43 +7,71 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tmac_py.parallel import map_threads
 from tmac_py.quant import row_chunks
 
 _WORD_BITS = 32
-_BYTE_BITS = 8
-_CHUNK_FIELDS = 1 << 18
-"""Fields worked on at once: words and fields stay in the cache."""
+_CHUNK_FIELDS = 1 << 17
+"""Fields that one thread works on at once: words and fields stay in its cache."""
 
 
 def unpack_fields(
-    words: NDArray[Any], bits: int, count: int, *, straddle: bool = True
+    words: NDArray[Any],
+    bits: int,
+    count: int,
+    *,
+    straddle: bool = True,
+    order: NDArray[np.int32] | None = None,
 ) -> NDArray[np.uint8]:
     """The first ``count`` fields in each row of int32 words: uint8 ``[n, count]``, lowest first.
 
     Field i begins at bit ``i * bits`` of the words in a row (``straddle``: it may end in the next
-    word), or else every word holds ``32 // bits`` fields and wastes the rest.
+    word), or else every word holds ``32 // bits`` fields and wastes the rest. Column j of the
+    result is field ``order[j]``, if there is an order.
     """
-    words = np.ascontiguousarray(words)
-    units: NDArray[Any]
-    if _BYTE_BITS % bits == 0:  # little-endian bytes hold whole fields, and are quicker to split
-        units, n_units, n_fields = words.view(np.uint8), 1, _BYTE_BITS // bits
-    elif straddle:
-        units, n_units, n_fields = words.view(np.uint32), bits, _WORD_BITS
-    else:
-        units, n_units, n_fields = words.view(np.uint32), 1, _WORD_BITS // bits
-    unit_bits = units.dtype.itemsize * 8
-    periods = -(-count // n_fields)
-    if missing := max(0, periods * n_units - units.shape[1]):
-        units = np.pad(units, ((0, 0), (0, missing)))
-    kind = units.dtype.type
-    fields = np.empty((len(units), periods * n_fields), np.uint8)
-    for rows in row_chunks(*fields.shape, _CHUNK_FIELDS):
-        block = units[rows, : periods * n_units]
-        for i in range(n_fields):
-            unit, shift = divmod(i * bits, unit_bits)
-            values = block[:, unit::n_units] >> kind(shift)
-            if shift + bits > unit_bits:
-                values |= block[:, unit + 1 :: n_units] << kind(unit_bits - shift)
-            values &= kind((1 << bits) - 1)
-            fields[rows, i::n_fields] = values
-    return fields if fields.shape[1] == count else np.ascontiguousarray(fields[:, :count])
+    fields = np.empty((len(words), count), np.uint8)
+    split = _split_stream if straddle or _WORD_BITS % bits == 0 else _split_words
+
+    def unpack(rows: slice) -> None:
+        found = split(np.ascontiguousarray(words[rows]), bits)[:, :count]
+        if order is None:
+            fields[rows] = found
+        else:
+            np.take(found, order, axis=1, out=fields[rows], mode="clip")
+
+    map_threads(unpack, row_chunks(*fields.shape, _CHUNK_FIELDS))
+    return fields
+
+
+def _split_stream(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """All fields of rows that are streams of bits, and zeros up to a multiple of 8 fields.
+
+    Eight fields are ``bits`` bytes. They are halved three times, down to a field in every byte.
+    """
+    data = words.view(np.uint8)
+    periods = -(-data.shape[1] // bits)
+    if missing := periods * bits - data.shape[1]:
+        data = np.pad(data, ((0, 0), (0, missing)))
+    data = data.reshape(len(data), periods, bits)
+    eights = np.zeros((len(data), periods, 8), np.uint8)
+    for i in range(bits):
+        eights[..., i] = data[..., i]
+    x: NDArray[np.uint64] = eights.view("<u8")[..., 0]
+    for fields in (4, 2, 1):
+        width, distance = fields * bits, fields * 8
+        low = np.uint64(sum((1 << width) - 1 << at for at in range(0, 64, 2 * distance)))
+        high = x & (low << np.uint64(width))
+        high <<= np.uint64(distance - width)
+        x &= low
+        x |= high
+    return np.ascontiguousarray(x).view(np.uint8)
+
+
+def _split_words(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """All fields of words that hold whole fields only."""
+    words = words.view(np.uint32)
+    per_word = _WORD_BITS // bits
+    fields = np.empty((*words.shape, per_word), np.uint8)
+    for i in range(per_word):
+        fields[..., i] = words >> np.uint32(i * bits) & np.uint32((1 << bits) - 1)
+    return fields.reshape(len(words), -1)

@@ -19,11 +19,13 @@ from tmac_py.converters.checkpoint import FloatMatrix, Shape, as_float32
 from tmac_py.converters.safetensors_file import StoredTensor
 from tmac_py.converters.weight_format import DENSE, FLOATS, Expected, FormatOf, Parts, WeightFormat
 from tmac_py.errors import UnsupportedError
+from tmac_py.parallel import map_threads
 from tmac_py.quant import QuantTensor, quantize_ternary, row_chunks, ternary_tensor
 
 _NAME = re.compile(r"[\w.]+")
 _PER_BYTE = 4
-_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS = 1 << 18
+"""Weights that one thread works on at once."""
 
 _PLAUSIBLE_INVERSE = 3.0
 """Means of |w| are below this, their inverses above: what settings that do not say which of the two
@@ -102,10 +104,15 @@ class Packed:
             )
         packed, m = parts["weight"].load(), shape[0]
         codes = np.empty(shape, np.uint8)
-        for i in range(_PER_BYTE):
-            rows = codes[i * packed.shape[0] : min((i + 1) * packed.shape[0], m)]
-            np.right_shift(packed[: len(rows)], 2 * i, out=rows)
-        codes &= 3
+
+        def unpack(part: slice) -> None:
+            for i in range(_PER_BYTE):
+                first = i * len(packed)
+                rows = codes[first + part.start : min(first + part.stop, m)]
+                np.right_shift(packed[part][: len(rows)], 2 * i, out=rows)
+                rows &= 3
+
+        map_threads(unpack, row_chunks(len(packed), shape[1] * _PER_BYTE, _CHUNK_ELEMENTS))
         return ternary_tensor(codes, 1 / stored if self.inverse else stored)
 
 
@@ -122,11 +129,14 @@ class Unpacked:
     def load(self, shape: Shape, parts: Parts) -> QuantTensor:
         """See WeightFormat."""
         weights, codes = FloatMatrix(parts["weight"].load()), np.empty(shape, np.uint8)
-        for rows in row_chunks(shape[0], shape[1], _CHUNK_ELEMENTS):
+
+        def encode(rows: slice) -> None:
             w = weights[rows]
             if not np.isin(w, (-1, 0, 1)).all():
                 raise ValueError("weights beside a weight_scale must be -1, 0 or 1")
             codes[rows] = w + 1
+
+        map_threads(encode, row_chunks(shape[0], shape[1], _CHUNK_ELEMENTS))
         return ternary_tensor(codes, _stored_scale(parts))
 
 

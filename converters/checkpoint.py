@@ -21,6 +21,9 @@ Shape = tuple[int, ...]
 HEADS = ("model.embed_tokens.weight", "lm_head.weight")
 """The two matrices over the vocabulary; they get their own number of bits."""
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+"""How files are named that are refused: opening them can run code."""
+
 NO_TOKENIZER = "{} has no tokenizer that is supported: the model will run by token ids only"
 """Warning of a reader; takes the path."""
 
@@ -160,7 +163,7 @@ def end_token_ids(stated: Iterable[int | None], special: Mapping[str, int]) -> t
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Path | str) -> Iterator[None]:
     """Make every TmacError raised inside begin with ``path`` or a file in that folder."""
     try:
         yield

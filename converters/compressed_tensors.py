@@ -90,9 +90,8 @@ class PackQuantized:
             order = None if unset else column_order(groups, k, group_size, may_be_unset=False)
         straddle = self._straddles(shape, parts)
         words = parts["weight_packed"].load()
-        codes = unpack_fields(words, self.bits, k, straddle=straddle)
         return grouped_tensor(
-            codes if order is None else np.take(codes, order, axis=1),
+            unpack_fields(words, self.bits, k, straddle=straddle, order=order),
             load_half(parts["weight_scale"]),
             self._zeros(m, parts, straddle),
             bits=self.bits,

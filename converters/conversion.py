@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tmac_py.converters.calibration import CalibrationText, read_text, token_texts
 from tmac_py.converters.checkpoint import HEADS, Checkpoint, TensorSource
-from tmac_py.converters.llama_forward import Layer, LlamaForward
+from tmac_py.converters.llama_forward import Layer, LlamaForward, flat
 from tmac_py.converters.model_layers import (
     EMBEDDING,
+    FINAL_NORM,
+    LM_HEAD,
     as_floats,
     embed,
     find,
@@ -29,9 +33,35 @@ from tmac_py.lutwriter import LutWriter
 from tmac_py.packing import pack
 from tmac_py.parallel import single_threaded_blas
 from tmac_py.quant import MatrixLike, QuantTensor
+from tmac_py.spec import LinearSpec
 
 Progress = Callable[[int, int, str], None]
 """Called with weights done, weights in all, and the name of the tensor that comes next."""
+
+
+class Writer(Protocol):
+    """Where converted tensors go: a LutWriter, or what compares them."""
+
+    def add_linear(
+        self,
+        name: str,
+        packed: NDArray[np.uint8],
+        spec: LinearSpec,
+        order: NDArray[np.int32] | None = None,
+    ) -> None:
+        """Take one packed matrix, uint8 ``[packed_nbytes]``, and its order ``[k]``."""
+
+    def add_float(self, name: str, values: NDArray[np.float32]) -> None:
+        """Take one float32 vector."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
 
 
 def convert_checkpoint(
@@ -40,8 +70,12 @@ def convert_checkpoint(
     options: QuantOptions,
     *,
     progress: Progress | None = None,
+    open_writer: Callable[..., Writer] = LutWriter,
 ) -> None:
-    """Quantise and pack every tensor of an open checkpoint; see `tmac_py.converters.convert`."""
+    """Quantise and pack every tensor of an open checkpoint; see `tmac_py.converters.convert`.
+
+    They go to what ``open_writer`` makes, called as LutWriter is.
+    """
     text = read_text(options.calibration) if needs_calibration(checkpoint, options) else None
     texts = None
     if text is not None:
@@ -55,12 +89,12 @@ def convert_checkpoint(
         source = dict(checkpoint.source)
         if plan:
             source["quantised"] = _description(options, text)
-        with LutWriter(
+        with open_writer(
             out,
             config=checkpoint.config,
             tokenizer=checkpoint.tokenizer,
             source=source,
-            ordered=[tensor.name for tensor in checkpoint.tensors if tensor.ordered],
+            ordered=_ordered(checkpoint, plan),
         ) as writer:
             conversion = _Conversion(checkpoint, options, plan, writer, progress)
             calibrated = options.method.calibrated and not plan.keys() <= set(HEADS)
@@ -78,6 +112,12 @@ def needs_calibration(checkpoint: Checkpoint, options: QuantOptions) -> bool:
     return options.target_bpw is not None and options.calibration is not None
 
 
+def _ordered(checkpoint: Checkpoint, plan: dict[str, Settings]) -> list[str]:
+    """The matrices that may get an order."""
+    names = [tensor.name for tensor in checkpoint.tensors if tensor.ordered]
+    return names + [name for name, s in plan.items() if s.act_order and name != EMBEDDING]
+
+
 def _description(options: QuantOptions, text: CalibrationText | None) -> str:
     """The options that count, for the file."""
     given = {name: value for name, value in asdict(options).items() if value is not None}
@@ -85,6 +125,8 @@ def _description(options: QuantOptions, text: CalibrationText | None) -> str:
     patterns = given.pop("bits_for")
     tokens = given.pop("calibration_tokens")
     given.pop("calibration", None)
+    if not options.act_order:
+        del given["act_order"]
     words = [f"{name}={value}" for name, value in given.items()]
     words += [f"bits_for={pattern}={bits}" for pattern, bits in patterns]
     if text is not None:
@@ -100,7 +142,7 @@ class _Conversion:
         checkpoint: Checkpoint,
         options: QuantOptions,
         plan: dict[str, Settings],
-        writer: LutWriter,
+        writer: Writer,
         progress: Progress | None,
     ) -> None:
         self._checkpoint = checkpoint
@@ -115,13 +157,7 @@ class _Conversion:
         for tensor in tensors:
             self._start(tensor)
             with naming_tensor(tensor.name):
-                loaded = tensor.load()
-                if isinstance(loaded, QuantTensor):
-                    self._add(tensor, loaded)
-                elif len(loaded.shape) == 1:
-                    self._add(tensor, as_floats(loaded))
-                else:
-                    self._add(tensor, self._quantize(tensor, loaded, None))
+                self._add(tensor, self._load(tensor))
 
     def write_calibrated(self, texts: NDArray[np.int32]) -> None:
         """Layer by layer: each sees the outputs of those before it as they were quantised."""
@@ -155,9 +191,19 @@ class _Conversion:
 
             forward.run_layer(layer, hidden, visit)
         inside = {tensor.name for tensors in layers for tensor in tensors.values()}
-        self.write(
-            [t for t in self._checkpoint.tensors if t.name not in inside and t.name != EMBEDDING]
-        )
+        for tensor in self._checkpoint.tensors:
+            if tensor.name == LM_HEAD and tensor.dense:
+                self._write_lm_head(tensor, forward, hidden)
+            elif tensor.name not in inside and tensor.name != EMBEDDING:
+                self.write([tensor])
+
+    def _load(self, tensor: TensorSource) -> QuantTensor | NDArray[np.float32]:
+        loaded = tensor.load()
+        if isinstance(loaded, QuantTensor):
+            return loaded
+        if len(loaded.shape) == 1:
+            return as_floats(loaded)
+        return self._quantize(tensor, loaded, None)
 
     def finish(self) -> None:
         """Tell that all is done."""
@@ -175,6 +221,19 @@ class _Conversion:
             hidden = embed(loaded, texts)
         self._add(tensor, loaded)
         return hidden
+
+    def _write_lm_head(
+        self, tensor: TensorSource, forward: LlamaForward, hidden: NDArray[np.float32]
+    ) -> None:
+        norm = find(self._checkpoint, FINAL_NORM)
+        with naming_tensor(FINAL_NORM):
+            inputs = Inputs(flat(forward.normalise(hidden, as_floats(norm.load()))))
+        self._start(tensor)
+        with naming_tensor(LM_HEAD):
+            loaded = tensor.load()
+            assert not isinstance(loaded, QuantTensor)
+            quantised = self._quantize(tensor, loaded, inputs)
+        self._add(tensor, quantised)
 
     def _load_layer(self, tensors: dict[str, TensorSource]) -> Layer:
         """The layer in float32; matrices whose codes are kept are written here."""

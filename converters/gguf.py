@@ -95,7 +95,7 @@ def read(path: Path) -> Checkpoint:
     }
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     expected = config.tensor_shapes()
-    check_tensors(path, shapes, expected, name_of=_gguf_name)
+    check_tensors(path, shapes, expected, name_of=gguf_name)
     _refuse_types(path, tensors)
     source = {"format": "gguf", "file": path.name}
     if (name := metadata.find("general.name", str)) is not None:
@@ -140,7 +140,7 @@ def _refuse_unsupported(path: Path, metadata: Metadata, tensors: dict[str, GGUFT
 def _refuse_types(path: Path, tensors: dict[str, GGUFTensor]) -> None:
     """Matrices may be of any type known here, norms are float."""
     bad = [
-        f"{_gguf_name(name)} {tensor.kind}"
+        f"{gguf_name(name)} {tensor.kind}"
         for name, tensor in tensors.items()
         if tensor.kind not in (FLOAT_TYPES if len(tensor.shape) == 1 else _MATRIX_TYPES)
     ]
@@ -258,7 +258,7 @@ def _hf_name(name: str) -> str:
     return f"{layer}{_NAMES[match[2]]}.weight"
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
     """The inverse of ``_hf_name``."""
     match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name)
     if match is None or match[2] not in _GGUF_NAMES:

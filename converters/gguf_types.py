@@ -20,6 +20,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from tmac_py.parallel import map_threads
 from tmac_py.quant import QuantTensor, row_chunks, ternary_tensor
 from tmac_py.spec import OffsetKind
 
@@ -27,8 +28,8 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Decoded = tuple[Bytes, Floats, Floats | None]
 
-_CHUNK_ELEMENTS = 1 << 20
-"""Weights decoded at once; the temporaries are a few times as large."""
+_CHUNK_ELEMENTS = 1 << 17
+"""Weights that one thread decodes at once; the temporaries are a few times as large."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class BlockType:
     zero: float  # of types without offsets
     decode: Callable[[Bytes], Decoded]
     ternary: bool = False
+    offsets: bool = False
 
 
 def decode_tensor(
@@ -55,18 +57,21 @@ def decode_tensor(
     m = raw.shape[0]
     codes = np.empty((m, k), np.uint8)
     scales = np.empty((m, k // kind.group_size), np.float16)
-    offsets: NDArray[np.float16] | None = None
-    for part in row_chunks(m, k, _CHUNK_ELEMENTS):
+    offsets = np.empty_like(scales) if kind.offsets else None
+    n_blocks = k // kind.block
+
+    def decode(part: slice) -> None:
         chunk = np.ascontiguousarray(raw[part if rows is None else rows[part]])
         n = chunk.shape[0]
         with np.errstate(invalid="ignore"):  # infinity times 0 is found below
-            c, s, o = kind.decode(chunk.reshape(n * (k // kind.block), -1))
+            c, s, o = kind.decode(chunk.reshape(n * n_blocks, -1))
         codes[part] = c.reshape(n, k)
         scales[part] = _to_fp16(s, "scale").reshape(n, -1)
-        if o is not None:
-            if offsets is None:
-                offsets = np.empty_like(scales)
+        if offsets is not None:
+            assert o is not None
             offsets[part] = _to_fp16(o, "offset").reshape(n, -1)
+
+    map_threads(decode, row_chunks(m, k, _CHUNK_ELEMENTS))
     if kind.ternary:
         return _ternary(codes, scales)
     offset_kind: OffsetKind = "none" if offsets is None else "offset"
@@ -75,15 +80,14 @@ def decode_tensor(
 
 def _ternary(codes: Bytes, scales: NDArray[np.float16]) -> QuantTensor:
     """One scale for the matrix where all are equal, but for blocks of zeros, whose scale is 0."""
-    used = np.unique(scales)
-    if used.size == 2 and 0 in used:
-        group_size = codes.shape[1] // scales.shape[1]
-        blocks = codes.reshape(*scales.shape, group_size)[scales == 0]
-        if (blocks == 1).all():
-            used = used[used != 0]
-    if used.size == 1:
-        return ternary_tensor(codes, float(used[0]))
-    return ternary_tensor(codes, scales, group_size=codes.shape[1] // scales.shape[1])
+    group_size = codes.shape[1] // scales.shape[1]
+    used = scales != 0
+    scale = scales.flat[used.argmax()]
+    if (scales[used] == scale).all():
+        blocks = codes.reshape(*scales.shape, group_size)
+        if not used.any() or used.all() or (blocks[~used] == 1).all():
+            return ternary_tensor(codes, float(scale))
+    return ternary_tensor(codes, scales, group_size=group_size)
 
 
 def decode_i2_s(
@@ -103,10 +107,13 @@ def decode_i2_s(
         raise ValueError(f"scale {scale:.6g} of I2_S is not a finite positive number")
     packed = raw[: m * k // 4].reshape(m, -1)
     codes = np.empty((m, k), np.uint8)
-    for part in row_chunks(m, k, _CHUNK_ELEMENTS):
+
+    def decode(part: slice) -> None:
         chunk = np.ascontiguousarray(packed[part if rows is None else rows[part]])
         fields = _fields(chunk, 32, 2).reshape(chunk.shape[0], -1, 4, 32)
         codes[part] = fields[:, :, ::-1].reshape(-1, k)
+
+    map_threads(decode, row_chunks(m, k, _CHUNK_ELEMENTS))
     if int(codes.max()) > 2:
         raise ValueError(
             "code 3 in I2_S: not the layout that bitnet.cpp writes on x86, and the file does not "
@@ -279,15 +286,15 @@ def _tq2_0(b: Bytes) -> Decoded:
 
 BLOCK_TYPES = {
     "Q4_0": BlockType(32, 18, 4, 32, 8.0, _q4_0),
-    "Q4_1": BlockType(32, 20, 4, 32, 0.0, _q4_1),
+    "Q4_1": BlockType(32, 20, 4, 32, 0.0, _q4_1, offsets=True),
     "Q5_0": BlockType(32, 22, 5, 32, 16.0, _q5_0),
-    "Q5_1": BlockType(32, 24, 5, 32, 0.0, _q5_1),
+    "Q5_1": BlockType(32, 24, 5, 32, 0.0, _q5_1, offsets=True),
     "Q8_0": BlockType(32, 34, 8, 32, 128.0, _q8_0),
     "Q8_1": BlockType(32, 36, 8, 32, 128.0, _q8_1),
-    "Q2_K": BlockType(256, 84, 2, 16, 0.0, _q2_k),
+    "Q2_K": BlockType(256, 84, 2, 16, 0.0, _q2_k, offsets=True),
     "Q3_K": BlockType(256, 110, 3, 16, 4.0, _q3_k),
-    "Q4_K": BlockType(256, 144, 4, 32, 0.0, _q4_k),
-    "Q5_K": BlockType(256, 176, 5, 32, 0.0, _q5_k),
+    "Q4_K": BlockType(256, 144, 4, 32, 0.0, _q4_k, offsets=True),
+    "Q5_K": BlockType(256, 176, 5, 32, 0.0, _q5_k, offsets=True),
     "Q6_K": BlockType(256, 210, 6, 16, 32.0, _q6_k),
     "Q8_K": BlockType(256, 292, 8, 256, 128.0, _q8_k),
     "TQ1_0": BlockType(256, 54, 2, 256, 1.0, _tq1_0, ternary=True),

@@ -80,9 +80,8 @@ class Gptq:
         if "g_idx" in parts:
             groups = parts["g_idx"].load()
             order = column_order(groups, k, group_size, may_be_unset=not self.act_order)
-        codes = unpack_fields(parts["qweight"].load().T, self.bits, k)
         return grouped_tensor(
-            codes if order is None else np.take(codes, order, axis=1),
+            unpack_fields(parts["qweight"].load().T, self.bits, k, order=order),
             load_half(parts["scales"]).T,
             self._zeros(parts["qzeros"].load(), m).T,
             bits=self.bits,

@@ -31,7 +31,8 @@ from tmac_py.converters.weight_format import (
     is_dense,
 )
 from tmac_py.errors import ModelFileError, UnsupportedError
-from tmac_py.quant import QuantTensor
+from tmac_py.parallel import map_threads
+from tmac_py.quant import QuantTensor, row_chunks
 
 _SETTINGS = (
     "nbits",
@@ -59,6 +60,9 @@ _FIELDS = {8: (np.uint8, 1), 6: (np.uint8, 1), 5: (np.uint8, 1), 4: (np.uint8, 2
     1: (np.uint8, 8),
 }
 """bits -> type of what codes are packed into, and how many of them; 5 and 6 have a byte each."""
+
+_CHUNK_WEIGHTS = 1 << 17
+"""Weights that one thread unpacks at once."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,13 @@ class Hqq:
         words = np.ascontiguousarray(parts["W_q"].load()).view(kind)
         field_bits = 8 // per_word if kind is np.uint8 else self.bits
         fields = np.empty((per_word, *words.shape), np.uint8)
-        for i in range(per_word):
-            shift = kind(field_bits * (per_word - 1 - i))
-            fields[i] = words >> shift & kind((1 << field_bits) - 1)
+
+        def unpack(rows: slice) -> None:
+            for i in range(per_word):
+                shift = kind(field_bits * (per_word - 1 - i))
+                fields[i, rows] = words[rows] >> shift & kind((1 << field_bits) - 1)
+
+        map_threads(unpack, row_chunks(len(words), group_size * per_word, _CHUNK_WEIGHTS))
         groups = m * k // group_size
         return grouped_tensor(
             fields.reshape(-1, group_size)[:groups].reshape(m, k),

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from tmac_py import generation_defaults
 from tmac_py.config import ModelConfig
 from tmac_py.converters.bitnet import master_formats
 from tmac_py.converters.checkpoint import (
     NO_TOKENIZER,
+    PICKLES,
     Checkpoint,
     Shape,
     TensorSource,
@@ -21,12 +26,14 @@ from tmac_py.converters.checkpoint import (
     listed,
     naming,
 )
+from tmac_py.converters.fused_projections import StoredMatrix, load_rows, stored_matrices
 from tmac_py.converters.huggingface_tokenizer import read_tokenizer_files
 from tmac_py.converters.json_file import read_object
 from tmac_py.converters.quantization_config import all_dense, format_of, read_settings
 from tmac_py.converters.safetensors_file import StoredTensor, read_header
 from tmac_py.converters.weight_format import DENSE, FLOATS, Expected, Parts, WeightFormat
 from tmac_py.errors import ModelFileError, TmacError, UnsupportedError
+from tmac_py.families import family_of
 from tmac_py.tokenizer import Tokenizer
 
 _SINGLE = "model.safetensors"
@@ -53,10 +60,8 @@ def read(path: Path) -> Checkpoint:
     """
     with naming(path):
         raw_config = read_object(path / "config.json")
-        config = ModelConfig.from_hf(
-            raw_config,
-            read_object(path / "generation_config.json", optional=True),
-        )
+        generation = read_object(path / generation_defaults.FILE, optional=True)
+        config = ModelConfig.from_hf(raw_config, generation)
         quantization = read_settings(path, raw_config)
         if quantization:
             formats = format_of(*quantization)
@@ -65,6 +70,8 @@ def read(path: Path) -> Checkpoint:
         files = read_tokenizer_files(path)
         if files:
             config = replace(config, eos_token_ids=_end_tokens(config, files))
+            if (defaults := generation_defaults.keep_defaults(generation)) is not None:
+                files[generation_defaults.FILE] = defaults
     stored = {
         _ours(name): tensor
         for name, tensor in _stored_tensors(path).items()
@@ -72,18 +79,18 @@ def read(path: Path) -> Checkpoint:
         and not (name == "lm_head.weight" and config.tie_word_embeddings)
     }
     shapes = config.tensor_shapes()
-    parts = _by_matrix(stored, shapes)
+    norm_offset = family_of(raw_config).norm_offset
+    places = stored_matrices(shapes, stored)
+    modules = {place.module: place.shape for place in places.values()}
+    parts = _by_module(stored, modules, shapes)
     weights: dict[str, WeightFormat] = {}
-    expected: dict[str, Expected] = {}
+    expected = {name: Expected(shape, FLOATS) for name, shape in shapes.items() if len(shape) == 1}
     with naming(path):
-        for name, shape in shapes.items():
-            if len(shape) == 1:
-                expected[name] = Expected(shape, FLOATS)
-                continue
-            module = name.removesuffix(_WEIGHT)
+        for module, shape in modules.items():
             try:
-                weights[name] = DENSE if name == _EMBEDDING else formats(module, parts[name])
-                wanted = weights[name].expected(shape, parts[name])
+                dense = module + _WEIGHT == _EMBEDDING
+                weights[module] = DENSE if dense else formats(module, parts[module])
+                wanted = weights[module].expected(shape, parts[module])
             except TmacError as error:
                 raise type(error)(f"{module}: {error}") from error
             expected.update({f"{module}.{part}": tensor for part, tensor in wanted.items()})
@@ -96,9 +103,9 @@ def read(path: Path) -> Checkpoint:
         tokenizer=files,
         source=source,
         tensors=[
-            _matrix(name, shape, weights[name], parts[name])
-            if name in weights
-            else _vector(name, stored[name])
+            _matrix(name, shape, place, weights[place.module], parts[place.module])
+            if (place := places.get(name)) is not None
+            else _vector(name, stored[name], norm_offset)
             for name, shape in shapes.items()
         ],
         warnings=() if files else (NO_TOKENIZER.format(path),),
@@ -112,17 +119,17 @@ def _ours(name: str) -> str:
     return f"{parent}.{_SUB_NORMS[module]}.{part}" if module in _SUB_NORMS else name
 
 
-def _by_matrix(
-    stored: Mapping[str, StoredTensor], shapes: Mapping[str, Shape]
+def _by_module(
+    stored: Mapping[str, StoredTensor], modules: Iterable[str], shapes: Mapping[str, Shape]
 ) -> dict[str, dict[str, StoredTensor]]:
-    """For each matrix the tensors of its module, by what follows the module's name."""
-    parts: dict[str, dict[str, StoredTensor]] = {n: {} for n, s in shapes.items() if len(s) == 2}
+    """For each module of a matrix its tensors, by what follows the module's name."""
+    parts: dict[str, dict[str, StoredTensor]] = {module: {} for module in modules}
     for name, tensor in stored.items():
         module = name.rpartition(".")[0]
-        while module and module + _WEIGHT not in parts:
+        while module and module not in parts:
             module = module.rpartition(".")[0]
         if module and len(shapes.get(name, ())) != 1:
-            parts[module + _WEIGHT][name[len(module) + 1 :]] = tensor
+            parts[module][name[len(module) + 1 :]] = tensor
     return parts
 
 
@@ -161,7 +168,7 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
         only = list(path.glob("*.safetensors"))
         if len(only) == 1:  # of a name of its own, as AutoGPTQ gives it
             return read_header(only[0])
-        pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
         if pickles:
             raise UnsupportedError(
                 f"{path}: {pickles[0]} is a pickle, which can run code when it is opened; "
@@ -184,10 +191,18 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _vector(name: str, tensor: StoredTensor) -> TensorSource:
-    return TensorSource(name, tensor.shape, lambda: as_float32(tensor.load()))
+def _vector(name: str, tensor: StoredTensor, norm_offset: float) -> TensorSource:
+    def load() -> NDArray[np.float32]:
+        values = as_float32(tensor.load())
+        return values + np.float32(norm_offset) if name.endswith("norm.weight") else values
+
+    return TensorSource(name, tensor.shape, load)
 
 
-def _matrix(name: str, shape: Shape, weights: WeightFormat, parts: Parts) -> TensorSource:
-    load = partial(weights.load, shape, parts)
+def _matrix(
+    name: str, shape: Shape, place: StoredMatrix, weights: WeightFormat, parts: Parts
+) -> TensorSource:
+    load = partial(weights.load, place.shape, parts)
+    if place.shape != shape:
+        load = partial(load_rows, load, place.start, shape[0])
     return TensorSource(name, shape, load, dense=weights.dense, ordered=weights.ordered)

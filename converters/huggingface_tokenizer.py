@@ -20,6 +20,9 @@ _KEPT = (
 )
 """Keys of tokenizer_config.json that matter when text is encoded."""
 
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+"""Those that older folders have in special_tokens_map.json only."""
+
 
 def read_tokenizer_files(path: Path) -> dict[str, bytes]:
     """Name -> contents: the vocabulary, the settings that matter, the chat template.
@@ -35,7 +38,9 @@ def read_tokenizer_files(path: Path) -> dict[str, bytes]:
     else:
         return {}
     config = read_object(path / "tokenizer_config.json", optional=True)
-    kept = {key: config[key] for key in _KEPT if config.get(key) is not None}
+    named = read_object(path / "special_tokens_map.json", optional=True)
+    every = {**{key: named.get(key) for key in _NAMED}, **config}
+    kept = {key: every[key] for key in _KEPT if every.get(key) is not None}
     if "tokenizer.json" in files:
         kept.pop("added_tokens_decoder", None)  # tokenizer.json has them
     files["tokenizer_config.json"] = json.dumps(
@@ -48,11 +53,16 @@ def read_tokenizer_files(path: Path) -> dict[str, bytes]:
 
 
 def _chat_template(path: Path, config: dict[str, Any]) -> bytes | None:
-    """chat_template.jinja, or the (default) template in tokenizer_config.json."""
+    """chat_template.jinja, or the (default) template in chat_template.json or
+    tokenizer_config.json."""
     file = path / "chat_template.jinja"
     if file.is_file():
         return file.read_bytes()
-    template = config.get("chat_template")
+    file = path / "chat_template.json"
+    template = read_object(file, optional=True).get("chat_template")
+    if template is None:
+        file = path / "tokenizer_config.json"
+        template = config.get("chat_template")
     if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
         named = [entry.get("template") for entry in template if entry.get("name") == "default"]
         template = named[0] if named else None
@@ -60,7 +70,6 @@ def _chat_template(path: Path, config: dict[str, Any]) -> bytes | None:
         return None
     if not isinstance(template, str):
         raise ModelFileError(
-            f"{path / 'tokenizer_config.json'}: chat_template must be a text, or a list of objects "
-            "with a name and a template"
+            f"{file}: chat_template must be a text, or a list of objects with a name and a template"
         )
     return template.encode()

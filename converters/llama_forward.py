@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from tmac_py.config import ModelConfig
+from tmac_py.config import OPTIONAL, ModelConfig
+from tmac_py.errors import UnsupportedError
 from tmac_py.parallel import map_threads
 
 Floats = NDArray[np.float32]
@@ -37,6 +38,10 @@ class LlamaForward:
 
     def __init__(self, config: ModelConfig, length: int) -> None:
         self._config = config
+        if steps := sorted(set(config.to_dict()) & OPTIONAL - {"activation_bits"}):
+            raise UnsupportedError(f"calibration does not know models with {', '.join(steps)}")
+        if config.hidden_act != "silu":
+            raise UnsupportedError(f"calibration does not know hidden_act {config.hidden_act!r}")
         frequencies, factor = config.rope()
         angles = np.arange(length)[:, None] * frequencies.astype(np.float64)
         self._cos = (np.cos(angles) * factor).astype(np.float32)[:, None]  # [length, 1, half]

@@ -25,7 +25,8 @@ class QuantOptions:
     (None: 8) for embedding and lm_head and ``bits`` (None: 4) for others. ``target_bpw`` chooses
     what these leave open, so that the matrices of the file have at most so many bits per weight.
     ``asym`` None stores an offset per group below 8 bits and none at 8. ``group_size`` -1 is the
-    whole row. ``calibration`` is a text file (None: the one that comes along), of which about
+    whole row. ``act_order`` groups columns by the size of their inputs (gptq and bcq).
+    ``calibration`` is a text file (None: the one that comes along), of which about
     ``calibration_tokens`` are used.
 
     Raises UnsupportedError for values that are not allowed.
@@ -37,6 +38,7 @@ class QuantOptions:
     head_bits: int | None = None
     group_size: int = 32
     asym: bool | None = None
+    act_order: bool = False
     target_bpw: float | None = None
     calibration: str | Path | None = None
     calibration_tokens: int = 8192
@@ -62,6 +64,11 @@ class QuantOptions:
             )
         if self.asym is False and self.method.offsets:
             raise UnsupportedError(f"quant {self.quant} always stores offsets: asym cannot be off")
+        if self.act_order and not self.method.orders:
+            orders = " and ".join(name for name, method in METHODS.items() if method.orders)
+            raise UnsupportedError(
+                f"quant {self.quant} keeps the order of columns: act_order needs {orders}"
+            )
         if self.target_bpw is not None:
             if not (math.isfinite(self.target_bpw) and self.target_bpw > 0):
                 raise UnsupportedError(
@@ -92,7 +99,7 @@ class QuantOptions:
     def settings(self, bits: int) -> Settings:
         """Everything about a matrix that gets so many bits."""
         asym = bits < MAX_BITS if self.asym is None else self.asym
-        return Settings(bits, self.group_size, asym or self.method.offsets)
+        return Settings(bits, self.group_size, asym or self.method.offsets, self.act_order)
 
 
 def _check_bits(name: str, value: int) -> None:

@@ -37,6 +37,12 @@ METHODS: dict[str, Callable[[Settings], FormatOf]] = {
 }
 """``quant_method`` -> what reads such settings. Raises UnsupportedError or ModelFileError."""
 
+_REASONS = {
+    "bitsandbytes": "its NF4 and FP4 codes are not evenly spaced, so a .lut cannot keep them, nor "
+    "its int8 with outliers aside; the fp16 or bf16 checkpoint can be converted to 4 bits instead",
+}
+"""Methods that are known and refused, and why."""
+
 _FILES = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
@@ -68,6 +74,8 @@ def read_settings(path: Path, config: Mapping[str, Any]) -> tuple[str, Settings]
 
 def format_of(method: str, settings: Settings) -> FormatOf:
     """The format of each module. Raises UnsupportedError for methods that are not known."""
+    if method in _REASONS:
+        raise UnsupportedError(f"quant_method {method!r} is not supported: {_REASONS[method]}")
     if method not in METHODS:
         known = ", ".join(sorted(METHODS))
         raise UnsupportedError(

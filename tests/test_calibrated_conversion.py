@@ -34,6 +34,13 @@ from tmac_py.quant import QuantTensor
 
 Floats = NDArray[np.float32]
 FEW = {"calibration_tokens": 96}
+CASES_OF_THREADS: list[tuple[str, dict[str, Any]]] = [
+    ("hqq", {}),
+    ("bcq", FEW),
+    ("gptq", FEW),
+    ("gptq", {"act_order": True, **FEW}),
+    ("awq", FEW),
+]
 
 
 def float_logits(checkpoint: Checkpoint, ids: NDArray[np.int32]) -> Floats:
@@ -72,10 +79,19 @@ def bits_per_weight(path: Path) -> float:
         return sum(entry.nbytes for entry in linears) * 8 / weights
 
 
-@pytest.mark.parametrize("quant", ["bcq", "gptq", "awq"])
+@pytest.mark.parametrize(
+    ("quant", "options"),
+    [
+        ("bcq", {}),
+        ("gptq", {}),
+        ("awq", {}),
+        ("bcq", {"act_order": True}),
+        ("gptq", {"act_order": True}),
+    ],
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_calibrated_model_is_nearer_than_a_rounded_one(
-    quant: str, tied: bool, tmp_path: Path
+    quant: str, options: dict[str, Any], tied: bool, tmp_path: Path
 ) -> None:
     weights = random_weights(dataclasses.replace(SPEAKING, tie_word_embeddings=tied))
     rng = np.random.default_rng(3)  # inputs that depend on each other, as those of real models do
@@ -89,19 +105,18 @@ def test_a_calibrated_model_is_nearer_than_a_rounded_one(
     want = float_logits(open_checkpoint(folder), ids)
     error = {}
     for name in ("rtn", quant):
-        given = {"calibration_tokens": 2048} if name == quant else {}
+        given = {"calibration_tokens": 2048, **options} if name == quant else {}
         convert(folder, tmp_path / "m.lut", quant=name, bits=3, **given)
         with Model.load(tmp_path / "m.lut", tables="exact") as model:
             error[name] = float(np.square(model.logits(ids) - want).mean())
     assert error[quant] < 0.95 * error["rtn"]
 
 
-@pytest.mark.parametrize("quant", ["hqq", "bcq", "gptq", "awq"])
+@pytest.mark.parametrize(("quant", "given"), CASES_OF_THREADS)
 def test_equal_bytes_with_any_number_of_threads(
-    quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quant: str, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_speaking(tmp_path / "m")
-    given = {} if quant == "hqq" else FEW
     files = []
     for threads in (1, 2, 5):
         monkeypatch.setattr(parallel, "default_threads", lambda threads=threads: threads)
@@ -128,6 +143,36 @@ def test_the_file_names_the_settings(tmp_path: Path) -> None:
         "gptq bits=3 group_size=32 bits_for=down_proj=5 bits_for=proj=2 calibration_tokens=64 "
         "calibration=mine.txt xxh3="
     )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_act_order_is_stored_for_what_has_inputs(tied: bool, tmp_path: Path) -> None:
+    folder = write_speaking(tmp_path / "m", tie_word_embeddings=tied)
+    for act_order in (True, False):
+        convert(folder, tmp_path / "m.lut", quant="gptq", act_order=act_order, **FEW)
+        with LutFile.open(tmp_path / "m.lut") as file:
+            kinds = {name: entry.kind for name, entry in file.tensors.items()}
+            assert ("act_order=True" in file.source["quantised"]) == act_order
+        orders = {n.replace(".order", ".weight") for n, kind in kinds.items() if kind == "order"}
+        linears = {name for name, kind in kinds.items() if kind == "linear"}
+        assert orders == (linears - {EMBEDDING} if act_order else set())
+
+
+@pytest.mark.parametrize("quant", ["bcq", "gptq", "awq"])
+def test_lm_head_sees_what_it_is_multiplied_with(quant: str, tmp_path: Path) -> None:
+    """Only its own bits are few; ``mse`` and, of bcq, least squares are what it gets alone."""
+    weights = random_weights(SPEAKING)
+    weights[FINAL_NORM][::9] *= 20
+    folder = write_speaking(tmp_path / "m", weights)
+    ids = np.arange(40, dtype=np.int32) * 7 % 400
+    want = float_logits(open_checkpoint(folder), ids)
+    error = {}
+    for name in (quant, "mse"):
+        given = {} if name == "mse" else {"calibration_tokens": 2048}
+        convert(folder, tmp_path / "m.lut", quant=name, bits=8, bits_for=[(LM_HEAD, 3)], **given)
+        with Model.load(tmp_path / "m.lut", tables="exact") as model:
+            error[name] = float(np.square(model.logits(ids) - want).mean())
+    assert error[quant] < 0.9 * error["mse"]
 
 
 def test_the_first_pattern_wins(tmp_path: Path) -> None:

@@ -158,6 +158,14 @@ def test_seed_repeats_an_answer(run, lut):
     assert answer_of(run, lut, "-p", "x", "-n", 2, "-s", -1)["seed"] >= 0
 
 
+def test_logit_bias(run, lut):
+    options = ("-p", "x", "-n", 3, "--seed", 1, "--raw", "--temp", 0)
+    plain = answer_of(run, lut, *options)["ids"]
+    assert answer_of(run, lut, *options, "--logit-bias", "77+1000.5")["ids"] == [77] * 3
+    bias = ("-l", f"{plain[0]}-inf", "--logit-bias", "77-.5")
+    assert plain[0] not in answer_of(run, lut, *options, *bias)["ids"]
+
+
 def test_without_a_limit_the_context_ends_the_answer(run, lut):
     answer = answer_of(run, lut, "-p", "x", "--raw", "-c", 9, "--temp", 0)
     assert len(answer["prompt_ids"]) + len(answer["ids"]) <= 9
@@ -230,6 +238,10 @@ def test_ctrl_c_in_the_prompt_says_how_far_it_came(run, tmp_path, monkeypatch):
         (["--repeat-last-n", "-2"], "repeat_last_n is -2"),
         (["--presence-penalty", "inf"], "presence_penalty is inf"),
         (["--frequency-penalty", "nan"], "frequency_penalty is nan"),
+        (["--logit-bias", "5*2"], "'5*2' is not allowed; give a token id and what to add"),
+        (["--logit-bias", "5+inf"], "'5+inf' is not allowed"),
+        (["--logit-bias", "5+1e99"], "'5+1e99' is not allowed"),
+        (["--logit-bias", "99999+1"], "a token id of logit_bias is 99999; allowed: 0 to"),
         (["--seed", "-2"], "'-2' is not allowed"),
         (["--stop", ""], "stop is ''"),
         (["--tables", "int4"], "invalid choice: 'int4'"),

@@ -114,6 +114,7 @@ def test_the_examples_in_the_help_are_true(
         if source.endswith(".gguf"):
             write_gguf(tmp_path / source, TINY, tensors)
         else:
+            (tmp_path / source).parent.mkdir(exist_ok=True)
             (tmp_path / source).unlink(missing_ok=True)
             (tmp_path / source).symlink_to(speaking_folder)
         assert program.convert(["--force", source, *arguments]) == 0
@@ -172,6 +173,8 @@ def test_codebooks_and_adapters(
         (("--target-bpw", "0.5"), "target_bpw 0.5 cannot be met"),
         (("--target-bpw", "20"), "target_bpw 20 cannot be met"),
         (("--target-bpw", "4", "--head-bits", "4", "--bits-for", "layers=4"), "no effect"),
+        (("--act-order",), "quant mse keeps the order of columns: act_order needs bcq and gptq"),
+        (("--quant", "awq", "--act-order"), "quant awq keeps the order"),
         (("--calibration-tokens", "100"), "calibration_tokens would have no effect"),
         (("--quant", "gptq", "--calibration-tokens", "0"), "calibration_tokens 0 is not supported"),
         (("--quant", "gptq", "--calibration", "missing.txt"), "missing.txt: No such file"),

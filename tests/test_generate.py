@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tiny_vocab import byte_level_json, sentencepiece_model
+from tmac_py.decoding import PREFILL_CHUNK
 from tmac_py.errors import TmacError
-from tmac_py.generate import PREFILL_CHUNK, Result, StopFinder, check_stop, stream_tokens
+from tmac_py.generate import Result, StopFinder, check_stop, stream_tokens
 from tmac_py.sampling import Sampler, SamplingParams
 from tmac_py.tokenizer import IncrementalDecoder, Tokenizer
 

@@ -126,6 +126,7 @@ def test_options_that_nothing_would_heed_are_refused(tmp_path: Path) -> None:
         {"head_bits": 4},
         {"group_size": 64},
         {"asym": True},
+        {"act_order": True, "quant": "gptq"},
         {"quant": "mse"},
         {"bits_for": [("down_proj", 3)]},
         {"target_bpw": 4.0},

@@ -100,6 +100,8 @@ def test_tokenizer_files(tmp_path: Path) -> None:
     kept = json.loads(checkpoint.tokenizer["tokenizer_config.json"])
     assert kept == {key: settings[key] for key in ("bos_token", "eos_token")}
 
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": "of a processor"}))
+    assert reader.read(path).tokenizer["chat_template.jinja"] == b"of a processor"
     (path / "chat_template.jinja").write_text("file")
     assert reader.read(path).tokenizer["chat_template.jinja"] == b"file"
 
@@ -109,6 +111,16 @@ def test_tokenizer_files(tmp_path: Path) -> None:
     assert checkpoint.tokenizer["tokenizer.model"] == sentencepiece_model()
     kept = json.loads(checkpoint.tokenizer["tokenizer_config.json"])
     assert kept["added_tokens_decoder"] == {"40": {"content": "<pad>"}}
+
+
+def test_special_tokens_of_older_folders(tmp_path: Path) -> None:
+    path = folder(tmp_path / "m")
+    (path / "tokenizer.json").write_bytes(byte_level_json())
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    named = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|end|>", "sep_token": "x"}
+    (path / "special_tokens_map.json").write_text(json.dumps(named))
+    kept = json.loads(reader.read(path).tokenizer["tokenizer_config.json"])
+    assert kept == {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>"}
 
 
 @pytest.mark.parametrize(
@@ -159,7 +171,7 @@ def test_what_is_stored_but_not_used(tmp_path: Path) -> None:
         ({"quantization_config": {"bits": 4}}, "quant_method must name the method"),
         ({"quantization_config": [4]}, "quantization_config must be an object"),
         ({"model_type": "gpt_neox"}, "gpt_neox"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"attention_bias": True}, r"missing: model\.layers\.0\.self_attn\.q_proj\.bias \[256\]"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"hidden_size": None}, "hidden_size"),
     ],
@@ -267,7 +279,7 @@ def short_tokenizer_json() -> Any:
     ("name", "content"),
     [
         ("config.json", hf_config(TINY, rope_scaling={"rope_type": "linear", "factor": 2.0})),
-        ("generation_config.json", {"eos_token_id": [2, 3]}),
+        ("generation_config.json", {"eos_token_id": [2, 3], "top_p": 0.9, "do_sample": True}),
         ("tokenizer.json", short_tokenizer_json()),
         (
             "tokenizer_config.json",
@@ -278,6 +290,8 @@ def short_tokenizer_json() -> Any:
                 "chat_template": [{"name": "default", "template": "x"}],
             },
         ),
+        ("special_tokens_map.json", {"bos_token": {"content": "<|im_start|>"}}),
+        ("chat_template.json", {"chat_template": "x"}),
         ("model.safetensors.index.json", None),
     ],
 )

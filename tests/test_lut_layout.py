@@ -13,7 +13,7 @@ import pytest
 from tmac_py import _core
 from tmac_py.lutheader import check_spec, packed_nbytes
 from tmac_py.packing import pack
-from tmac_py.quant import bcq_tensor, ternary_tensor
+from tmac_py.quant import QuantTensor, bcq_tensor, ternary_tensor
 from tmac_py.spec import LAYOUTS, LinearSpec
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "lut-format.md"
@@ -171,3 +171,31 @@ def test_worked_example_of_the_document() -> None:
         expected[int(offset) : int(offset) + len(values)] = values
     assert len(listed) == 2
     assert packed == bytes(expected)
+
+
+@pytest.mark.parametrize("kind", ["planes", "ternary", "ternary matrix", "bcq"])
+def test_pieces_that_threads_pack_are_the_whole(kind: str) -> None:
+    """Runs of tiles, of a matrix with a ragged last one, against one call of the core."""
+    m, k = 1000, 2048
+    rng = np.random.default_rng(5)
+    scales = rng.normal(0, 1, (m, 4)).astype(np.float16)
+    if kind == "planes":
+        codes = rng.integers(0, 8, (m, k), np.uint8)
+        q = QuantTensor(codes, scales, scales, 3, 512, "zero")
+    elif kind == "bcq":
+        codes = rng.integers(0, 8, (m, k), np.uint8)
+        q = bcq_tensor(codes, np.stack([scales] * 3, axis=2), scales, group_size=512)
+    else:
+        codes = rng.integers(0, 3, (m, k), np.uint8)
+        q = ternary_tensor(codes, 0.5 if "matrix" in kind else scales[:, :1].copy())
+    whole = _core.pack(
+        q.codes,
+        q.scales,
+        q.offsets,
+        bits=q.bits,
+        group_size=q.group_size,
+        offset_kind=q.offset_kind,
+        encoding=q.encoding,
+        scale=q.scale,
+    )
+    assert np.array_equal(pack(q), whole)

@@ -316,6 +316,25 @@ def test_logprobs_are_those_of_logits(model):
     assert list(result.ids) == rows.argmax(axis=1).tolist()
 
 
+def test_bias_and_processors_choose_tokens(model):
+    prompt = IDS[:5].tolist()
+    biased = model.generate(prompt, max_tokens=4, temperature=0, logit_bias={77: 1000})
+    assert biased.ids == (77,) * 4
+    assert biased.logprobs[0] < -1  # the model's own
+    seen = []
+
+    def count_up(ids, logits):
+        seen.append(ids.tolist())
+        logits[:] = -np.inf
+        logits[80 + len(ids)] = 0
+
+    counted = model.generate(prompt, max_tokens=3, seed=1, logits_processor=count_up)
+    assert counted.ids == (85, 86, 87)
+    assert seen == [[*prompt, *counted.ids[:n]] for n in range(3)]
+    order = [lambda _, logits: np.roll(logits, 5), count_up]
+    assert model.generate(prompt, max_tokens=3, seed=1, logits_processor=order) == counted
+
+
 def test_a_cache_given_carries_on(model):
     prompt = IDS[:8].tolist()
     whole = model.generate(prompt, max_tokens=8, temperature=0).ids
@@ -388,6 +407,9 @@ def test_ids_that_are_none(model, ids, text):
         ({"max_tokens": -2}, "max_tokens is -2"),
         ({"temperature": -1}, "temperature is -1"),
         ({"stop": [""]}, "stop is ''"),
+        ({"logit_bias": {10**6: 1.0}}, "a token id of logit_bias is 1000000; allowed: 0 to"),
+        ({"logits_processor": 3}, "logits_processor is 3; allowed: "),
+        ({"logits_processor": [3]}, r"logits_processor is \[3\]; allowed: "),
         ({"n_ctx": -1}, "n_ctx is -1"),
     ],
 )

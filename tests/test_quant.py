@@ -127,7 +127,7 @@ def test_a_lazy_matrix_is_read_in_slices(monkeypatch: pytest.MonkeyPatch) -> Non
             sizes.append(rows.stop - rows.start)
             return w[rows]
 
-    monkeypatch.setattr(quant, "_CHUNK_ELEMENTS", 16 * 64)
+    monkeypatch.setattr(quant, "_MINMAX_ELEMENTS", 16 * 64)
     lazy = quantize_rtn(Lazy(), bits=4, group_size=32)
     assert sorted(sizes) == [4] + [16] * 6  # in any order: threads
     assert np.array_equal(lazy.codes, quantize_rtn(w, bits=4, group_size=32).codes)

@@ -133,6 +133,22 @@ def test_folders_become_luts(tmp_path: Path, name: str) -> None:
         convert(path, tmp_path / "c.lut", bits=4)
 
 
+def test_methods_that_need_inputs_are_refused_where_only_the_vocabulary_is_left(
+    tmp_path: Path,
+) -> None:
+    settings, writer, bits, group_size, act_order = FORMATS[next(iter(FORMATS))]
+    matrix = matrices(bits, group_size, act_order=act_order)
+    path, _ = folder(tmp_path / "m", settings, writer, matrix)
+    for quant in ("gptq", "awq"):
+        with pytest.raises(UnsupportedError, match=f"{quant} would have no effect: only embed"):
+            convert(path, tmp_path / "m.lut", quant=quant)
+    with pytest.raises(UnsupportedError, match="act_order would have no effect"):
+        convert(path, tmp_path / "m.lut", quant="bcq", act_order=True)
+    convert(path, tmp_path / "m.lut", quant="bcq", head_bits=3)
+    with LutFile.open(tmp_path / "m.lut") as file:
+        assert file.linear("lm_head.weight")[1].encoding == "bcq"
+
+
 def test_a_quantised_head_and_modules_that_are_not(tmp_path: Path) -> None:
     modules = [*(name for name in LINEARS if "k_proj" not in name), "lm_head"]
     wide = replace(TINY, vocab_size=64)
@@ -246,7 +262,15 @@ SETTINGS = "quantisation settings: "
             "'sparse-24' sparsity is not supported",
         ),
         (packed_settings(4, 32, symmetric=True, config_groups=[]), SETTINGS + "config_groups"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method 'bitsandbytes'"),
+        (
+            {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_quant_storage": "uint8",
+            },
+            "quant_method 'bitsandbytes' is not supported: its NF4 and FP4 codes are not evenly",
+        ),
         ({"quant_method": "aqlm"}, r"'aqlm' is not supported \(auto-round, awq, .*hqq"),
     ],
 )

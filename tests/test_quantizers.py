@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 
 from tiny_checkpoints import TINY
 from tmac_py.converters.llama_forward import STAGES, Layer, LlamaForward
-from tmac_py.converters.quantizers import METHODS, Inputs, Settings, awq, bcq, feedback, gptq, hqq
+from tmac_py.converters.quantizers import (
+    METHODS,
+    Inputs,
+    Quantizer,
+    Settings,
+    awq,
+    bcq,
+    feedback,
+    gptq,
+    hqq,
+)
 from tmac_py.quant import QuantTensor, encode_groups, quantize_rtn
 
 Floats = NDArray[np.float32]
@@ -96,7 +106,7 @@ def test_gptq_lowers_the_error_of_the_outputs(bits: int, asym: bool, group_size:
 @pytest.mark.parametrize("asym", [False, True])
 def test_gptq_of_independent_inputs_is_rounding(asym: bool) -> None:
     w, inputs = weights(), independent()
-    off = inputs.hessian - np.diag(inputs.hessian.diagonal())
+    off = inputs.hessian() - np.diag(inputs.hessian().diagonal())
     assert (off == 0).all()
     q = gptq.quantize_gptq(w, Settings(3, 32, asym), inputs)
     want = quantize_rtn(
@@ -105,20 +115,26 @@ def test_gptq_of_independent_inputs_is_rounding(asym: bool) -> None:
         group_size=32,
         asym=asym,
         search="mse",
-        importance=feedback.damped(inputs.hessian).diagonal().astype(np.float32),
+        importance=feedback.damped(inputs.hessian()).diagonal().astype(np.float32),
     )
     assert np.array_equal(q.codes, want.codes)
     assert np.array_equal(q.scales, want.scales)
 
 
-def test_gptq_is_the_algorithm_of_the_paper() -> None:
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("k", [96, 88])
+def test_gptq_is_the_algorithm_of_the_paper(act_order: bool, k: int) -> None:
     """Frantar et al., 2022, algorithm 1: with the Cholesky factor of the inverse Hessian."""
-    w, inputs, group_size = weights(), correlated(), 48
-    hessian = feedback.damped(inputs.hessian)
+    w, inputs, group_size = weights(k=k), correlated(k=k), 24
+    hessian = feedback.damped(inputs.hessian())
+    size = hessian.diagonal().astype(np.float32)
+    order = feedback.by_size(size) if act_order else feedback.by_group(size, group_size)
+    hessian = hessian[order][:, order]
     inverse = np.linalg.cholesky(np.linalg.inv(hessian)).T
-    rest = w.astype(np.float64)
+    rest = w[:, order].astype(np.float64)
     codes = np.empty(w.shape, np.uint8)
-    for j in range(w.shape[1]):
+    values = np.empty(w.shape)
+    for j in range(k):
         if j % group_size == 0:
             columns = slice(j, j + group_size)
             _, s, o = encode_groups(
@@ -130,11 +146,38 @@ def test_gptq_is_the_algorithm_of_the_paper() -> None:
             )
             scale, offset = s[:, 0].astype(np.float64), o[:, 0].astype(np.float64)
         codes[:, j] = np.clip(np.rint((rest[:, j] - offset) / scale), 0, 7)
-        error = (rest[:, j] - (codes[:, j] * scale + offset)) / inverse[j, j]
+        values[:, j] = codes[:, j] * scale + offset
+        error = (rest[:, j] - values[:, j]) / inverse[j, j]
         rest[:, j + 1 :] -= error[:, None] * inverse[j, j + 1 :]
-    q = gptq.quantize_gptq(w, Settings(3, group_size, True), inputs)
+    q = gptq.quantize_gptq(w, Settings(3, group_size, True, act_order), inputs)
     # float32 against float64: a weight that is too close to call changes the columns after it.
-    assert (q.codes == codes).mean() > 0.98
+    same = (q.codes if act_order else q.codes[:, order]) == codes
+    assert same.mean() > 0.98
+    assert np.isclose(q.dequantize()[:, order], values, atol=1e-4).mean() > 0.98
+    if act_order:
+        assert q.order is not None
+        assert np.array_equal(q.order, order)
+    else:
+        assert q.order is None
+
+
+def test_columns_go_by_the_size_of_their_inputs() -> None:
+    size = np.array([1, 9, 4, 2, 5, 5, 7, 30, 99, 98], np.float32)
+    assert feedback.by_size(size).tolist() == [8, 9, 7, 1, 6, 4, 5, 2, 3, 0]
+    assert feedback.by_group(size, 4).tolist() == [7, 6, 4, 5, 1, 2, 3, 0, 8, 9]
+    assert feedback.by_group(size, 10).tolist() == feedback.by_size(size).tolist()
+
+
+@pytest.mark.parametrize("quantize", [gptq.quantize_gptq, bcq.quantize_bcq])
+def test_act_order_lowers_the_error_of_inputs_of_different_sizes(quantize: Quantizer) -> None:
+    w, inputs = weights(64, 192), correlated(k=192)
+    inputs.x[:] *= np.random.default_rng(5).permutation(np.geomspace(0.1, 10, 192))
+    hessian = inputs.x.astype(np.float64).T @ inputs.x
+    plain, ordered = (
+        output_error(w, quantize(w, Settings(3, 32, True, act_order), inputs), hessian)
+        for act_order in (False, True)
+    )
+    assert ordered < 0.8 * plain
 
 
 def test_gptq_of_inputs_that_are_always_zero() -> None:

@@ -76,29 +76,51 @@ def silu_multiply(name: str, gate: Floats, up: Floats) -> VectorCase:
     return VectorCase(name, "silu_multiply", (len(gate),), (gate, up), want, tolerance)
 
 
-def attend(
-    name: str, q: Floats, keys: NDArray[np.float16], values: NDArray[np.float16]
-) -> VectorCase:
-    n, head_dim = keys.shape
-    scale = float(np.float32(head_dim**-0.5))
-    products = keys.astype(np.float64) * q
-    with np.errstate(invalid="ignore"):
-        scores = products.sum(1) * scale
-        shares = np.exp(scores - scores.max())
-        shares /= shares.sum()
-        want = shares @ values.astype(np.float64)
-        spread = shares @ np.abs(values.astype(np.float64))
-    # A score is off by gamma(head_dim + 2) times its terms, and the subtraction of the largest
-    # rounds once more; both move a weight by that much relative to itself, and the sum of weights
-    # likewise. Then: the exponential twice, n additions of weights, n of weighted values, 4 more.
-    # Weights below e^-87 count as e^-87.
-    in_score = gamma(head_dim + 2) * np.abs(products).sum(1).max() * scale
-    in_score += gamma(1) * min(np.ptp(scores), -EXP_LOWEST)
-    relative = np.expm1(2 * in_score) + 2 * EXP_ERROR + gamma(2 * n + 4)
-    largest = np.abs(values.astype(np.float64)).max(0)
-    tolerance = 1.01 * relative * spread + n * np.exp(EXP_LOWEST) * largest + TINY
-    halves = (keys.view(np.uint16), values.view(np.uint16))
-    return VectorCase(name, "attend", (n, head_dim, scale), (q, *halves), want, tolerance)
+def gelu_tanh_multiply(name: str, gate: Floats, up: Floats) -> VectorCase:
+    wide = gate.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        u = 2 * np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)
+        want = wide / (1 + np.exp(-u)) * up
+        want[np.isneginf(gate)] = np.where(up[np.isneginf(gate)] > 0, -np.inf, np.inf)
+        # u: both constants round, g^2, the fused sum and the product with g, each of positive
+        # terms, so e^-u is off by gamma(5) |u| more; then as silu_multiply, whose e^-u stops too.
+        relative = EXP_ERROR + gamma(3) + gamma(5) * np.minimum(np.abs(u), 90)
+        clamped = np.where(u < -88, np.abs(wide * up) * np.exp(-87.9), 0)
+        tolerance = relative * np.abs(want) + clamped + TINY
+    return VectorCase(name, "gelu_tanh_multiply", (len(gate),), (gate, up), want, tolerance)
+
+
+def relu2_multiply(name: str, gate: Floats, up: Floats) -> VectorCase:
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = np.maximum(gate, np.float32(0)) ** 2  # NaN stays NaN
+        want = square * up  # the same two roundings
+    return VectorCase(name, "relu2_multiply", (len(gate),), (gate, up), want)
+
+
+def soft_cap(name: str, x: Floats, cap: float) -> VectorCase:
+    cap = float(np.float32(cap))
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = cap * np.tanh(x.astype(np.float64) / cap)
+        y = np.abs(x.astype(np.float64) / cap)
+        # x / cap rounds once, which moves e^2y by 2y as much relative to itself and tanh by at most
+        # y (1 - tanh^2) <= 0.5 of that; the exponential, 1 + e, the quotient q <= 2, 1 - q and the
+        # product with cap: each is relative to a number of at most 2.
+        tolerance = np.where(np.isfinite(y), cap * (2 * EXP_ERROR + 2 * gamma(5)), np.nan) + TINY
+    tolerance = np.where(np.isinf(x), cap * 4 * U, tolerance)
+    return VectorCase(name, "soft_cap", (len(x), cap), (x,), want, tolerance)
+
+
+def sum_exponentials(name: str, x: Floats) -> VectorCase:
+    largest = x.max()
+    terms = np.exp(np.maximum(x.astype(np.float64) - float(largest), EXP_LOWEST))
+    want = np.array([terms.sum()])
+    # A difference rounds once, which moves its term by as much as it is large; then n additions.
+    in_difference = gamma(1) * np.minimum(float(largest) - x.astype(np.float64), -EXP_LOWEST)
+    tolerance = terms @ np.expm1(in_difference) + (EXP_ERROR + gamma(len(x) + 1)) * want
+    return VectorCase(name, "sum_exponentials", (len(x), float(largest)), (x,), want, tolerance)
+
+
+GATED = (silu_multiply, gelu_tanh_multiply, relu2_multiply)
 
 
 def to_half_case() -> VectorCase:
@@ -115,11 +137,11 @@ def to_half_case() -> VectorCase:
 
 def half_to_float_case() -> VectorCase:
     """One position has all the weight: the output is its value, here every half there is."""
-    values = np.arange(0x10000, dtype=np.uint32).astype(np.uint16)
-    zeros = np.zeros(len(values), np.uint16)
-    arrays = (zeros.astype(np.float32), zeros, values)
-    want = values.view(np.float16).astype(np.float64)
-    return VectorCase("every half", "attend", (1, len(values), 1.0), arrays, want)
+    values = np.arange(0x10000, dtype=np.uint32).astype(np.uint16).view(np.float16)
+    zeros = np.zeros(len(values), np.float32)
+    arrays = (np.array([0]), np.array([1]), zeros, zeros, values.astype(np.float32))
+    fields = (0, 0, 1, len(values), 1, 1.0, 0.0)
+    return VectorCase("every half", "attend", fields, arrays, values.astype(np.float64))
 
 
 def spoilt(x: NDArray[Any], index: Any, value: float = np.nan) -> NDArray[Any]:
@@ -135,27 +157,24 @@ def vector_cases() -> list[VectorCase]:
         values: Floats = (rng.normal(size=shape) * scale).astype(np.float32)
         return values
 
-    def halves(*shape: int) -> NDArray[np.float16]:
-        return rng.normal(size=shape).astype(np.float16)
-
     cases = [to_half_case(), half_to_float_case()]
     for n in SIZES:
         for scale in (1e-12, 1.0, 1e6):
             name = f"n={n} scale={scale}"
             cases.append(rms_norm(f"rms_norm {name}", normal(n, scale=scale), normal(n), 1e-5))
-            cases.append(silu_multiply(f"silu {name}", normal(n, scale=20 * scale), normal(n)))
+            for gated in GATED:
+                x, y = normal(n, scale=20 * scale), normal(n)
+                cases.append(gated(f"{gated.__name__} {name}", x, y))
+            cases.append(soft_cap(f"soft_cap {name}", normal(n, scale=scale), 30.0))
+        for scale in (1.0, 30.0):
+            cases.append(sum_exponentials(f"n={n} scale={scale}", normal(n, scale=scale)))
         x, y = normal(n), normal(n, scale=1e3)
         cases.append(VectorCase(f"add n={n}", "add", (n,), (x, y), x + y))
     gate = np.linspace(-100, 100, 4001, dtype=np.float32)
-    cases.append(silu_multiply("silu everywhere", gate, np.ones_like(gate)))
-
-    for head_dim in (2, 4, 6, 16, 64, 80, 100, 128):
-        for n in (1, 2, 3, 8, 16, 17, 100):
-            for scale in (1.0, 10.0):  # 10: nearly all weight on one position
-                q = normal(head_dim, scale=scale)
-                keys, values = halves(n, head_dim) * np.float16(scale), halves(n, head_dim)
-                name = f"attend n={n} head_dim={head_dim} scale={scale}"
-                cases.append(attend(name, q, keys, values))
+    for gated in GATED:
+        cases.append(gated(f"{gated.__name__} everywhere", gate, np.ones_like(gate)))
+    for cap in (0.5, 5.0, 50.0):
+        cases.append(soft_cap(f"soft_cap {cap} everywhere", gate, cap))
 
     for n in (3, 17, 64):
         for at in (0, n - 1):
@@ -163,9 +182,10 @@ def vector_cases() -> list[VectorCase]:
             where = f"at {at} of {n}"
             cases.append(rms_norm(f"rms_norm NaN {where}", spoilt(x, at), weight, 1e-5))
             for value in (np.nan, np.inf, -np.inf):
-                cases.append(silu_multiply(f"silu {value} {where}", spoilt(x, at, value), weight))
-            q, keys, values = normal(64), halves(n, 64), halves(n, 64)
-            cases.append(attend(f"attend NaN in q {where}", spoilt(q, at), keys, values))
-            cases.append(attend(f"attend NaN in key {where}", q, spoilt(keys, (at, 5)), values))
-            cases.append(attend(f"attend NaN in value {where}", q, keys, spoilt(values, (at, 5))))
+                for gated in GATED:
+                    name = f"{gated.__name__} {value} {where}"
+                    cases.append(gated(name, spoilt(x, at, value), weight))
+                cases.append(soft_cap(f"soft_cap {value} {where}", spoilt(x, at, value), 30.0))
+            forbidden = spoilt(normal(n), at, -np.inf)
+            cases.append(sum_exponentials(f"sum_exponentials -inf {where}", forbidden))
     return cases

@@ -18,10 +18,10 @@ __all__ = ["METHODS", "Inputs", "Method", "Quantizer", "Settings", "fold_scales"
 class Method:
     """A quantiser and what it needs.
 
-    ``calibrated``: inputs of the matrices; those over the vocabulary have none and
-    are quantised by ``alone``, if it is not the same.
+    ``calibrated``: inputs of the matrices; the embedding has none and is quantised by
+    ``alone``, if it is not the same.
     ``folds``: scales are folded into a layer first. ``offsets``: an offset per group always.
-    ``binary``: binary-coded up to 4 bits.
+    ``binary``: binary-coded up to 4 bits. ``orders``: may put columns in another order.
     """
 
     quantize: Quantizer
@@ -30,14 +30,15 @@ class Method:
     folds: bool = False
     offsets: bool = False
     binary: bool = False
+    orders: bool = False
 
 
 METHODS: dict[str, Method] = {
     "rtn": Method(quantize_minmax),
     "mse": Method(quantize_mse),
     "hqq": Method(quantize_hqq, offsets=True),
-    "bcq": Method(quantize_bcq, calibrated=True, offsets=True, binary=True),
-    "gptq": Method(quantize_gptq, calibrated=True, alone=quantize_mse),
+    "bcq": Method(quantize_bcq, calibrated=True, offsets=True, binary=True, orders=True),
+    "gptq": Method(quantize_gptq, calibrated=True, alone=quantize_mse, orders=True),
     "awq": Method(quantize_mse, calibrated=True, alone=quantize_mse, folds=True),
 }
 """Name -> method."""

@@ -29,11 +29,15 @@ _HESSIAN_ROWS = 128
 
 @dataclass(frozen=True)
 class Settings:
-    """How one matrix is quantised: 1 to 8 ``bits``, an offset per group if ``asym``."""
+    """How one matrix is quantised: 1 to 8 ``bits``, an offset per group if ``asym``.
+
+    ``act_order``: columns may get another order, for methods that round one after the other.
+    """
 
     bits: int
     group_size: int
     asym: bool
+    act_order: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +46,20 @@ class Inputs:
 
     x: NDArray[np.float32]
 
-    @cached_property
     def hessian(self) -> NDArray[np.float32]:
         """``x^T x / tokens``, ``[k, k]``: half the Hessian of the mean squared output error."""
         k = self.x.shape[1]
-        transposed = np.ascontiguousarray(self.x.T)
-        parts = map_threads(
-            lambda start: transposed[start : start + _HESSIAN_ROWS] @ self.x,
-            range(0, k, _HESSIAN_ROWS),
-        )
-        return np.asarray(np.concatenate(parts) / np.float32(len(self.x)))
+        result = np.empty((k, k), np.float32)
+
+        def fill(start: int) -> None:
+            rows = slice(start, start + _HESSIAN_ROWS)
+            part = self.x.T[rows] @ self.x[:, start:]
+            part /= np.float32(len(self.x))
+            result[start:, rows] = part.T
+            result[rows, start:] = part
+
+        map_threads(fill, range(0, k, _HESSIAN_ROWS))
+        return result
 
     @cached_property
     def mean_square(self) -> NDArray[np.float32]:
@@ -117,13 +125,19 @@ def encode_rows(
     )
 
 
-def uniform_tensor(encoded: Encoded, bits: int, group_size: int) -> QuantTensor:
-    """Evenly spaced codes with an offset per group, or symmetric ones without."""
-    size = resolve_group_size(encoded.codes.shape[1], group_size)
-    if encoded.offsets is None:
+def uniform_tensor(
+    encoded: Encoded, bits: int, group_size: int, order: NDArray[np.int32] | None = None
+) -> QuantTensor:
+    """Evenly spaced codes with an offset per group, or symmetric ones without.
+
+    ``order`` is as in QuantTensor.
+    """
+    codes, scales, offsets = encoded
+    size = resolve_group_size(codes.shape[1], group_size)
+    if offsets is None:
         zero = symmetric_zero(bits)
-        return QuantTensor(encoded.codes, encoded.scales, None, bits, size, "none", zero)
-    return QuantTensor(encoded.codes, encoded.scales, encoded.offsets, bits, size, "offset")
+        return QuantTensor(codes, scales, None, bits, size, "none", zero, order=order)
+    return QuantTensor(codes, scales, offsets, bits, size, "offset", order=order)
 
 
 def to_fp16(values: NDArray[np.float32], what: str) -> NDArray[np.float16]:

@@ -48,17 +48,19 @@ def quantize_bcq(matrix: MatrixLike, settings: Settings, inputs: Inputs | None) 
     if bits > MAX_BCQ_BITS:
         even = quantize_mse if inputs is None else quantize_gptq
         return even(matrix, settings, inputs)
+    order = None
     if inputs is None:
         encoded = _encode_alone(matrix, settings)
     else:
-        encoded = encode_with_feedback(
+        encoded, order = encode_with_feedback(
             matrix,
-            settings.group_size,
+            settings,
             inputs,
             lambda w, importance: _Values(*_encode(w, bits, importance)[1:]),
         )
-    assert encoded.offsets is not None
-    return bcq_tensor(encoded.codes, encoded.scales, encoded.offsets, group_size=size)
+    codes, scales, offsets = encoded
+    assert offsets is not None
+    return bcq_tensor(codes, scales, offsets, group_size=size, order=order)
 
 
 class _Values:

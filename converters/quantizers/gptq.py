@@ -26,8 +26,8 @@ def quantize_gptq(matrix: MatrixLike, settings: Settings, inputs: Inputs | None)
         )
         return _EvenSteps(settings, scales[:, 0], offsets[:, 0])
 
-    encoded = encode_with_feedback(matrix, settings.group_size, inputs, fit)
-    return uniform_tensor(encoded, settings.bits, settings.group_size)
+    encoded, order = encode_with_feedback(matrix, settings, inputs, fit)
+    return uniform_tensor(encoded, settings.bits, settings.group_size, order)
 
 
 class _EvenSteps:
@@ -38,7 +38,7 @@ class _EvenSteps:
     ) -> None:
         self.scales = scales
         self.offsets = offsets if settings.asym else None
-        self._largest = (1 << settings.bits) - 1
+        self._largest = np.float32((1 << settings.bits) - 1)
         self._zero = np.float32(0 if settings.asym else symmetric_zero(settings.bits))
         self._scale, self._offset = scales.astype(np.float32), offsets.astype(np.float32)
         self._inverse = np.zeros_like(self._scale)
@@ -49,7 +49,8 @@ class _EvenSteps:
         q *= self._inverse
         q += self._zero
         np.rint(q, out=q)
-        np.clip(q, 0, self._largest, out=q)
+        np.maximum(q, np.float32(0), out=q)
+        np.minimum(q, self._largest, out=q)
         value = q - self._zero
         value *= self._scale
         value += self._offset

@@ -25,32 +25,95 @@ class WeightReader {
     keep_alive_->push_back(py::reinterpret_borrow<py::object>(object));
     return object.cast<const PyLinear&>().linear;
   }
-  const float* norm(const py::handle& object, const char* name, int64_t size) const {
+  const float* floats(const py::handle& object, const char* name, int64_t size) const {
     const auto array = object.cast<py::array>();
     keep_alive_->push_back(array);
     return array_data<float>(array, name, {size}, "float32");
+  }
+  // Null where the layer has none of that name.
+  const float* optional(const py::dict& layer, const char* name, int64_t size) const {
+    return layer.contains(name) ? floats(layer[name], name, size) : nullptr;
   }
 
  private:
   std::vector<py::object>* keep_alive_;
 };
 
+Activation parse_activation(const std::string& name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu_pytorch_tanh") return Activation::kGeluTanh;
+  check_argument(name == "relu2",
+                 "activation must be 'silu', 'gelu_pytorch_tanh' or 'relu2', "
+                 "not '",
+                 name, "'");
+  return Activation::kRelu2;
+}
+
+std::vector<float> read_frequencies(const py::object& object, int64_t rotary_dim) {
+  if (object.is_none()) return {};
+  const int64_t half = rotary_dim / 2;
+  const auto* data = array_data<float>(object.cast<py::array>(), "inv_freq", {half}, "float32");
+  return {data, data + half};
+}
+
+LayerWeights read_layer(const WeightReader& read, const py::dict& layer, int64_t hidden,
+                        int64_t head_dim) {
+  LayerWeights w;
+  w.q = read.linear(layer["q_proj"]);
+  w.k = read.linear(layer["k_proj"]);
+  w.v = read.linear(layer["v_proj"]);
+  w.o = read.linear(layer["o_proj"]);
+  w.gate = read.linear(layer["gate_proj"]);
+  w.up = read.linear(layer["up_proj"]);
+  w.down = read.linear(layer["down_proj"]);
+  w.input_norm = read.floats(layer["input_norm"], "input_norm", hidden);
+  w.feed_forward_norm = read.floats(layer["feed_forward_norm"], "feed_forward_norm", hidden);
+  w.attention_out_norm = read.optional(layer, "attention_out_norm", hidden);
+  w.feed_forward_out_norm = read.optional(layer, "feed_forward_out_norm", hidden);
+  w.q_norm = read.optional(layer, "q_norm", head_dim);
+  w.k_norm = read.optional(layer, "k_norm", head_dim);
+  w.attn_sub_norm = read.optional(layer, "attn_sub_norm", w.o.spec.k);
+  w.ffn_sub_norm = read.optional(layer, "ffn_sub_norm", w.down.spec.k);
+  w.q_bias = read.optional(layer, "q_bias", w.q.spec.m);
+  w.k_bias = read.optional(layer, "k_bias", w.k.spec.m);
+  w.v_bias = read.optional(layer, "v_bias", w.v.spec.m);
+  w.o_bias = read.optional(layer, "o_bias", w.o.spec.m);
+  w.gate_bias = read.optional(layer, "gate_bias", w.gate.spec.m);
+  w.up_bias = read.optional(layer, "up_bias", w.up.spec.m);
+  w.down_bias = read.optional(layer, "down_bias", w.down.spec.m);
+  w.sliding_window = layer["sliding_window"].cast<int64_t>();
+  w.rope = layer["rope"].cast<int>();
+  return w;
+}
+
 std::unique_ptr<PyDecoder> make_decoder(const py::object& embed_tokens, const py::object& lm_head,
                                         const py::object& final_norm, const py::list& layers,
                                         int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
-                                        float rms_norm_eps, const py::array& inv_freq,
-                                        float rope_attention_scale, int64_t sliding_window,
-                                        const std::string& tables) {
+                                        int64_t rotary_dim, float rms_norm_eps, float query_scalar,
+                                        float attention_softcap, float logits_softcap,
+                                        float embedding_scale, const std::string& activation,
+                                        const py::list& ropes, const std::string& tables,
+                                        const std::string& head_tables) {
   DecoderConfig config;
   config.n_heads = n_heads;
   config.n_kv_heads = n_kv_heads;
   config.head_dim = head_dim;
+  config.rotary_dim = rotary_dim;
   config.rms_norm_eps = rms_norm_eps;
-  const auto* frequencies = array_data<float>(inv_freq, "inv_freq", {head_dim / 2}, "float32");
-  config.inv_freq.assign(frequencies, frequencies + head_dim / 2);
-  config.rope_attention_scale = rope_attention_scale;
-  config.sliding_window = sliding_window;
+  config.query_scalar = query_scalar;
+  config.attention_softcap = attention_softcap;
+  config.logits_softcap = logits_softcap;
+  config.embedding_scale = embedding_scale;
+  config.activation = parse_activation(activation);
+  for (const py::handle& item : ropes) {
+    const auto rope = item.cast<py::dict>();
+    config.ropes.push_back({read_frequencies(rope["inv_freq"], rotary_dim),
+                            read_frequencies(rope["long_inv_freq"], rotary_dim),
+                            rope["original_context"].cast<int64_t>(),
+                            rope["attention_scale"].cast<float>()});
+  }
   config.tables = parse_tables(tables);
+  config.head_tables = parse_tables(head_tables);
 
   auto self = std::make_unique<PyDecoder>();
   const WeightReader read(&self->keep_alive);
@@ -58,20 +121,9 @@ std::unique_ptr<PyDecoder> make_decoder(const py::object& embed_tokens, const py
   weights.embed_tokens = read.linear(embed_tokens);
   weights.lm_head = read.linear(lm_head);
   const int64_t hidden = weights.embed_tokens.spec.k;
-  weights.final_norm = read.norm(final_norm, "final_norm", hidden);
+  weights.final_norm = read.floats(final_norm, "final_norm", hidden);
   for (const py::handle& item : layers) {
-    const auto layer = item.cast<py::dict>();
-    LayerWeights w;
-    w.input_norm = read.norm(layer["input_norm"], "input_norm", hidden);
-    w.post_attention_norm = read.norm(layer["post_attention_norm"], "post_attention_norm", hidden);
-    w.q = read.linear(layer["q_proj"]);
-    w.k = read.linear(layer["k_proj"]);
-    w.v = read.linear(layer["v_proj"]);
-    w.o = read.linear(layer["o_proj"]);
-    w.gate = read.linear(layer["gate_proj"]);
-    w.up = read.linear(layer["up_proj"]);
-    w.down = read.linear(layer["down_proj"]);
-    weights.layers.push_back(w);
+    weights.layers.push_back(read_layer(read, item.cast<py::dict>(), hidden, head_dim));
   }
   self->decoder = std::make_unique<Decoder>(std::move(config), std::move(weights));
   return self;
@@ -107,25 +159,12 @@ void bind_decoder(py::module_& module) {
       .def(py::init<int>(), "threads"_a)
       .def_property_readonly("threads", &ThreadPool::threads);
 
-  py::class_<KvCache>(module, "KvCache", "fp16 keys and values of one sequence.")
-      .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::kw_only(), "n_layers"_a,
-           "n_kv_heads"_a, "head_dim"_a, "n_ctx"_a)
-      .def_property_readonly("pos", &KvCache::pos, "Tokens held.")
-      .def_property_readonly("n_ctx", &KvCache::n_ctx)
-      .def_property_readonly("nbytes", &KvCache::nbytes, "Bytes when full.")
-      .def(
-          "truncate",
-          [](KvCache& self, int64_t pos) {
-            const KvCache::Use use(self);
-            self.truncate(pos);
-          },
-          "pos"_a, "Forgets the tokens from `pos` on.");
-
   py::class_<PyDecoder>(module, "Decoder",
                         "Const weights of one model; shared by every cache and thread.")
       .def(py::init(&make_decoder), py::kw_only(), "embed_tokens"_a, "lm_head"_a, "final_norm"_a,
-           "layers"_a, "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "rms_norm_eps"_a, "inv_freq"_a,
-           "rope_attention_scale"_a, "sliding_window"_a, "tables"_a)
+           "layers"_a, "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "rotary_dim"_a, "rms_norm_eps"_a,
+           "query_scalar"_a, "attention_softcap"_a, "logits_softcap"_a, "embedding_scale"_a,
+           "activation"_a, "ropes"_a, "tables"_a, "head_tables"_a)
       .def_property_readonly("vocab_size",
                              [](const PyDecoder& self) { return self.decoder->vocab(); })
       .def("forward", &forward, "batch"_a, "pool"_a, py::kw_only(), "logits"_a = "last",

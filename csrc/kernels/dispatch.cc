@@ -9,7 +9,9 @@
 
 namespace tmac {
 
-#define TMAC_DECLARE(name, needs) extern const Kernels kKernels_##name;
+#define TMAC_DECLARE(name, needs)       \
+  extern const Kernels kKernels_##name; \
+  extern const VectorKernels kVectorKernels_##name;
 TMAC_BUILT_ISAS(TMAC_DECLARE)
 #undef TMAC_DECLARE
 
@@ -19,14 +21,15 @@ struct Row {
   const char* name;
   const char* needs;       // CPU features, separated by spaces
   const Kernels* kernels;  // null where this architecture does not build them
+  const VectorKernels* vector_kernels;
 };
 
 // Best last.
 const Row kRows[] = {
-#define TMAC_ROW(name, needs) {#name, needs, &kKernels_##name},
+#define TMAC_ROW(name, needs) {#name, needs, &kKernels_##name, &kVectorKernels_##name},
     TMAC_BUILT_ISAS(TMAC_ROW)
 #undef TMAC_ROW
-#define TMAC_ROW(name, needs) {#name, needs, nullptr},
+#define TMAC_ROW(name, needs) {#name, needs, nullptr, nullptr},
         TMAC_OTHER_ISAS(TMAC_ROW)
 #undef TMAC_ROW
 };
@@ -81,6 +84,7 @@ const Row& active_row() {
 }  // namespace
 
 const Kernels& kernels() { return *active_row().kernels; }
+const VectorKernels& vector_kernels() { return *active_row().vector_kernels; }
 
 void use_isa(const std::string& name) { active.store(&find_usable(name, "ISA")); }
 

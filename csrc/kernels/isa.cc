@@ -1,16 +1,10 @@
-// Compiled once for each row of the ISA list in CMakeLists.txt, with that row's compiler flags and
-//   TMAC_ISA_NAME    the row's name (an identifier)
-//   TMAC_ISA_HEADER  its header in csrc/simd
-//   TMAC_ISA_TYPE    the struct of operations in it
-// No standard containers or inline std functions here: compiled with ISA flags they would become
-// weak symbols that the linker may pick for code that runs on any CPU.
+// The products. Compiled once for each row of the ISA list (kernels/isa_unit.h).
 
 #include <type_traits>
 
 #include "core/half.h"
+#include "kernels/isa_unit.h"
 #include "kernels/kernels_table.h"
-
-#include TMAC_ISA_HEADER
 
 namespace tmac {
 namespace {
@@ -29,15 +23,9 @@ namespace {
 #include "kernels/unpack_ternary.inl"
 #include "kernels/multiply_row_block.inl"
 #include "kernels/multiply_rows.inl"
-#include "kernels/vector_ops.inl"
 // clang-format on
 
 using Isa = TMAC_ISA_TYPE;
-
-#define TMAC_STRING_(x) #x
-#define TMAC_STRING(x) TMAC_STRING_(x)
-#define TMAC_JOIN_(a, b) a##b
-#define TMAC_JOIN(a, b) TMAC_JOIN_(a, b)
 
 #define TMAC_TILES(parts)                                                                    \
   {multiply_tile<Isa, 1, parts>, multiply_tile<Isa, 2, parts>, multiply_tile<Isa, 3, parts>, \
@@ -71,12 +59,6 @@ const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME) = {
     {multiply_rows<Isa, TernaryCodes, Tables::kInt8>, nullptr,
      multiply_rows<Isa, TernaryCodes, Tables::kExact8>},
     multiply_peak<Isa>,
-    rms_norm<Isa>,
-    silu_multiply<Isa>,
-    add<Isa>,
-    max_abs<Isa>,
-    to_half<Isa>,
-    attend<Isa>,
 };
 
 }  // namespace tmac

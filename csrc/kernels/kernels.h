@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels/kernels_table.h"
+#include "kernels/vector_kernels.h"
 
 namespace tmac {
 
@@ -18,6 +19,7 @@ struct IsaInfo {
 // The kernels in force: the best this CPU runs, or what TMAC_ISA names.
 // Throws std::invalid_argument if TMAC_ISA names none that can run here.
 const Kernels& kernels();
+const VectorKernels& vector_kernels();
 // Switches every later call in this process. Throws std::invalid_argument likewise.
 void use_isa(const std::string& name);
 std::vector<IsaInfo> isas();

@@ -7,7 +7,8 @@
 
 namespace tmac {
 
-// One row of the run-time table: everything that differs between instruction sets.
+// The products of one instruction set and the tables that they read: csrc/kernels/isa.cc. The float
+// work between them is in vector_kernels.h.
 struct Kernels {
   const char* name;
 
@@ -48,19 +49,6 @@ struct Kernels {
   MultiplyRows multiply_ternary_rows[kTableKinds];
   // Multiplies and adds in registers, `rounds` times over; returns the number of multiply-adds.
   int64_t (*multiply_peak)(int64_t rounds);
-
-  // out[i] = x[i] * weight[i] / sqrt(mean(x^2) + eps)
-  void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
-  // gate[i] = silu(gate[i]) * up[i]
-  void (*silu_multiply)(float* gate, const float* up, int64_t n);
-  void (*add)(float* x, const float* y, int64_t n);
-  // The largest |x|; unspecified where an x is NaN.
-  float (*max_abs)(const float* x, int64_t n);
-  void (*to_half)(const float* x, uint16_t* out, int64_t n);
-  // One head's softmax(scale * q.K^T) V over n positions: q [head_dim], keys and values
-  // [n, head_dim] binary16, scores [n] scratch, out [head_dim].
-  void (*attend)(const float* q, const uint16_t* keys, const uint16_t* values, int64_t n,
-                 int64_t head_dim, float scale, float* scores, float* out);
 };
 
 }  // namespace tmac

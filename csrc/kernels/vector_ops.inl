@@ -1,4 +1,4 @@
-// The float work between two matrix products: norm, activation, attention over an fp16 cache.
+// The float work between two matrix products: norms and activations; attention is in attention.inl.
 //
 // Every instruction set returns the same bits. What is computed lane by lane is the same anyway;
 // sums run over 16 lanes whatever the vector width, and are added up by halving (lane i + lane
@@ -109,6 +109,55 @@ void silu_multiply(float* gate, const float* up, int64_t n) {
       [&](int64_t i) { gate[i] = gate[i] / (1 + exponential_of<S>(0 - gate[i])) * up[i]; });
 }
 
+// gelu(g) = g / (1 + e^-u), u = 2 sqrt(2 / pi) (g + 0.044715 g^3): GELU's approximation by tanh.
+template <typename S>
+void gelu_tanh_multiply(float* gate, const float* up, int64_t n) {
+  using F = typename S::F;
+  constexpr float kLinear = 1.59576912f, kCubic = 0.0713548163f;
+  const F one = S::set(1);
+  for_each_vector<S>(
+      n,
+      [&](int64_t i) {
+        const F g = S::load_f(gate + i);
+        const F slope = S::fma(S::mul(g, g), S::set(kCubic), S::set(kLinear));
+        const F e = exponential<S>(S::sub(S::set(0), S::mul(g, slope)));
+        S::store_f(gate + i, S::mul(S::div(g, S::add(one, e)), S::load_f(up + i)));
+      },
+      [&](int64_t i) {
+        const float g = gate[i], slope = __builtin_fmaf(g * g, kCubic, kLinear);
+        gate[i] = g / (1 + exponential_of<S>(0 - g * slope)) * up[i];
+      });
+}
+
+template <typename S>
+void relu2_multiply(float* gate, const float* up, int64_t n) {
+  using F = typename S::F;
+  for_each_vector<S>(
+      n,
+      [&](int64_t i) {
+        const F g = S::max(S::set(0), S::load_f(gate + i));  // NaN stays NaN, as in exponential
+        S::store_f(gate + i, S::mul(S::mul(g, g), S::load_f(up + i)));
+      },
+      [&](int64_t i) {
+        const float g = gate[i] < 0 ? 0 : gate[i];
+        gate[i] = g * g * up[i];
+      });
+}
+
+// cap * tanh(x / cap), tanh(y) = 1 - 2 / (e^2y + 1).
+template <typename S>
+void soft_cap(float* x, int64_t n, float cap) {
+  using F = typename S::F;
+  const F one = S::set(1), two = S::set(2);
+  for_each_vector<S>(
+      n,
+      [&](int64_t i) {
+        const F e = exponential<S>(S::mul(two, S::div(S::load_f(x + i), S::set(cap))));
+        S::store_f(x + i, S::mul(S::set(cap), S::sub(one, S::div(two, S::add(e, one)))));
+      },
+      [&](int64_t i) { x[i] = cap * (1 - 2 / (exponential_of<S>(2 * (x[i] / cap)) + 1)); });
+}
+
 template <typename S>
 void add(float* x, const float* y, int64_t n) {
   for_each_vector<S>(
@@ -132,96 +181,19 @@ float max_abs(const float* x, int64_t n) {
   return of_vectors > rest ? of_vectors : rest;
 }
 
+// The sum of e^(x[i] - largest).
 template <typename S>
-void to_half(const float* x, uint16_t* out, int64_t n) {
-  for_each_vector<S>(
-      n, [&](int64_t i) { S::store_half(out + i, S::load_f(x + i)); },
-      [&](int64_t i) { out[i] = float_to_half(x[i]); });
-}
-
-// scores[t] = scale * q . keys[t]; returns the largest, NaN if any is.
-template <typename S>
-inline float score_keys(const float* q, const uint16_t* keys, int64_t n, int64_t head_dim,
-                        float scale, float* scores) {
-  using F = typename S::F;
-  float largest = -__FLT_MAX__;
-  bool nan = false;
-  for (int64_t t = 0; t < n; ++t) {
-    const uint16_t* key = keys + t * head_dim;
-    auto products = Wide<S>::set(0);
-    float rest = 0;
-    for_each_16(
-        head_dim,
-        [&](int64_t i) {
-          products.each([&](F& sum, int lane) {
-            sum = S::fma(S::load_f(q + i + lane), S::load_half(key + i + lane), sum);
-          });
-        },
-        [&](int64_t i) { rest += q[i] * half_to_float(key[i]); });
-    scores[t] = scale * (products.sum() + rest);
-    largest = scores[t] > largest ? scores[t] : largest;
-    nan = nan || scores[t] != scores[t];
-  }
-  return nan ? __builtin_nanf("") : largest;
-}
-
-// scores[t] = e^(scores[t] - largest); returns their sum.
-template <typename S>
-inline float exponentiate(float* scores, int64_t n, float largest) {
+float sum_exponentials(const float* x, int64_t n, float largest) {
   using F = typename S::F;
   auto sums = Wide<S>::set(0);
   float rest = 0;
   for_each_16(
       n,
-      [&](int64_t t) {
+      [&](int64_t i) {
         sums.each([&](F& sum, int lane) {
-          float* at = scores + t + lane;
-          const F e = exponential<S>(S::sub(S::load_f(at), S::set(largest)));
-          S::store_f(at, e);
-          sum = S::add(sum, e);
+          sum = S::add(sum, exponential<S>(S::sub(S::load_f(x + i + lane), S::set(largest))));
         });
       },
-      [&](int64_t t) { rest += scores[t] = exponential_of<S>(scores[t] - largest); });
+      [&](int64_t i) { rest += exponential_of<S>(x[i] - largest); });
   return sums.sum() + rest;
-}
-
-// out[0 .. kCount * kFloats) = share * sum_t scores[t] * values[t]; rows of values are `stride`
-// apart.
-template <typename S, int kCount>
-inline void weigh_values(const float* scores, const uint16_t* values, int64_t n, int64_t stride,
-                         float share, float* out) {
-  using F = typename S::F;
-  F acc[kCount];
-  for (F& a : acc) a = S::set(0);
-  for (int64_t t = 0; t < n; ++t) {
-    const F weight = S::set(scores[t]);
-    for (int i = 0; i < kCount; ++i) {
-      acc[i] = S::fma(weight, S::load_half(values + t * stride + i * S::kFloats), acc[i]);
-    }
-  }
-  for (int i = 0; i < kCount; ++i) {
-    S::store_f(out + i * S::kFloats, S::mul(acc[i], S::set(share)));
-  }
-}
-
-template <typename S>
-void attend(const float* q, const uint16_t* keys, const uint16_t* values, int64_t n,
-            int64_t head_dim, float scale, float* scores, float* out) {
-  const float largest = score_keys<S>(q, keys, n, head_dim, scale, scores);
-  const float share = 1.0f / exponentiate<S>(scores, n, largest);
-  constexpr int kTogether = 4;  // vectors of the output kept in registers
-  int64_t i = 0;
-  for (; i + kTogether * S::kFloats <= head_dim; i += kTogether * S::kFloats) {
-    weigh_values<S, kTogether>(scores, values + i, n, head_dim, share, out + i);
-  }
-  for (; i + S::kFloats <= head_dim; i += S::kFloats) {
-    weigh_values<S, 1>(scores, values + i, n, head_dim, share, out + i);
-  }
-  for (; i < head_dim; ++i) {
-    float acc = 0;
-    for (int64_t t = 0; t < n; ++t) {
-      acc = __builtin_fmaf(scores[t], half_to_float(values[t * head_dim + i]), acc);
-    }
-    out[i] = acc * share;
-  }
 }

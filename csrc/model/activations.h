@@ -1,8 +1,31 @@
 #pragma once
 
+#include <algorithm>
+#include <optional>
+
 #include "model/decoder.h"
 
 namespace tmac {
+
+// Work on attention is shared out by position as well where there would be fewer pieces than this
+// for each thread.
+constexpr int64_t kFewPieces = 4;
+
+struct AttentionScratch {
+  AttentionScratch(const DecoderConfig& config, int64_t threads, int64_t n_ctx)
+      : shape{KvType::kF16, KvType::kF16, config.head_dim},
+        head(threads * 2 * shape.dims()),
+        queries(threads * kMostQueries * shape.query_floats()),
+        states(threads * 2 * kMostQueries * shape.state_floats()),
+        parts(kFewPieces * threads * ceil_div(n_ctx, kAttendPart) * kMostQueries *
+              shape.state_floats()) {}
+
+  KvShape shape;
+  AlignedBuffer<float> head;     // [threads, 2, dims]
+  AlignedBuffer<float> queries;  // [threads, kMostQueries, query_floats]
+  AlignedBuffer<float> states;   // [threads, 2, kMostQueries, state_floats]
+  AlignedBuffer<float> parts;    // [pieces, parts, kMostQueries, state_floats]
+};
 
 // Scratch of one decoder step: for up to `tokens` tokens at once, by `threads` threads, over up to
 // `n_ctx` positions. Its sizes are those of one decoder.
@@ -20,13 +43,20 @@ struct Activations {
         attended(tokens * config.n_heads * config.head_dim),
         gate(tokens * weights.layers[0].gate.spec.m),
         up(tokens * weights.layers[0].gate.spec.m),
-        cosines(tokens * config.head_dim / 2),
-        sines(tokens * config.head_dim / 2),
-        normed(threads * weights.embed_tokens.spec.k),
-        rotated(threads * config.head_dim),
-        scores(threads * n_ctx),
+        cosines(static_cast<int64_t>(config.ropes.size()) * tokens * config.rotary_dim / 2),
+        sines(static_cast<int64_t>(config.ropes.size()) * tokens * config.rotary_dim / 2),
+        widest(std::max({weights.embed_tokens.spec.k, config.n_heads * config.head_dim,
+                         weights.layers[0].gate.spec.m})),
+        normed(threads * widest),
+        attention(config, threads, n_ctx),
         inputs(config.tables, max_regions, tokens, threads),
-        down_inputs(config.tables, max_regions, tokens, threads) {}
+        down_inputs(config.tables, max_regions, tokens, threads) {
+    if (config.head_tables != config.tables) {
+      own_head_inputs.emplace(config.head_tables, max_regions, tokens, threads);
+    }
+  }
+
+  Inputs& head_inputs() { return own_head_inputs ? *own_head_inputs : inputs; }
 
   int64_t tokens, threads, n_ctx;
   AlignedBuffer<float> x;               // [tokens, hidden] the residual stream
@@ -35,11 +65,12 @@ struct Activations {
   AlignedBuffer<float> k, v;            // [tokens, n_kv_heads * head_dim]
   AlignedBuffer<float> attended;        // [tokens, n_heads * head_dim]
   AlignedBuffer<float> gate, up;        // [tokens, intermediate]
-  AlignedBuffer<float> cosines, sines;  // [tokens, head_dim / 2]
-  AlignedBuffer<float> normed;          // [threads, hidden]
-  AlignedBuffer<float> rotated;         // [threads, head_dim]
-  AlignedBuffer<float> scores;          // [threads, n_ctx]
+  AlignedBuffer<float> cosines, sines;  // [ropes, tokens, rotary_dim / 2]
+  int64_t widest;                       // of what norms see
+  AlignedBuffer<float> normed;          // [threads, widest]
+  AttentionScratch attention;
   Inputs inputs;
+  std::optional<Inputs> own_head_inputs;
   Inputs down_inputs;  // built tile by tile while gate and up still read `inputs`
 };
 

@@ -23,10 +23,16 @@ void check_model(const DecoderConfig& config, const DecoderWeights& weights) {
       "n_heads (", config.n_heads, ") must be a multiple of n_kv_heads (", config.n_kv_heads, ")");
   check_argument(config.head_dim >= 2 && config.head_dim % 2 == 0, "head_dim must be even, not ",
                  config.head_dim);
-  check_argument(static_cast<int64_t>(config.inv_freq.size()) == config.head_dim / 2,
-                 "inv_freq must hold head_dim / 2 = ", config.head_dim / 2, " values, not ",
-                 config.inv_freq.size());
-  check_argument(config.sliding_window >= 0, "sliding_window must not be negative");
+  check_argument(
+      config.rotary_dim >= 2 && config.rotary_dim % 2 == 0 && config.rotary_dim <= config.head_dim,
+      "rotary_dim must be even and at most head_dim, not ", config.rotary_dim);
+  check_argument(config.query_scalar > 0, "query_scalar must be positive");
+  const auto half = static_cast<size_t>(config.rotary_dim / 2);
+  for (const Rope& rope : config.ropes) {
+    const size_t of_long = rope.long_inv_freq.size();
+    check_argument(rope.inv_freq.size() == half && (of_long == half || of_long == 0),
+                   "inv_freq must hold rotary_dim / 2 = ", half, " values");
+  }
   check_argument(!weights.layers.empty(), "a decoder needs at least one layer");
   const int64_t hidden = weights.embed_tokens.spec.k;
   const int64_t intermediate = weights.layers[0].gate.spec.m;
@@ -44,6 +50,9 @@ void check_model(const DecoderConfig& config, const DecoderWeights& weights) {
     check_shape(at + "gate_proj", w.gate, intermediate, hidden);
     check_shape(at + "up_proj", w.up, intermediate, hidden);
     check_shape(at + "down_proj", w.down, hidden, intermediate);
+    check_argument(w.sliding_window >= 0, at, "sliding_window must not be negative");
+    check_argument(w.rope >= -1 && w.rope < static_cast<int>(config.ropes.size()), at,
+                   "there is no rope ", w.rope);
   }
 }
 
@@ -71,7 +80,8 @@ int64_t Decoder::most_regions() const {
 
 int64_t Decoder::tokens_at_once(bool all) const {
   const Tables tables = config_.tables;
-  bool serve_rows = !all || head_plan_.serves_rows(tables), prefer_tables = true;
+  bool serve_rows = !all || head_plan_.serves_rows(config_.head_tables);
+  bool prefer_tables = true;
   for (const LayerPlans& p : plans_) {
     for (const InputPlan* plan : {&p.qkv, &p.o, &p.gate_up, &p.down}) {
       serve_rows &= plan->serves_rows(tables);
@@ -105,7 +115,7 @@ std::vector<Token> Decoder::check_batch(const std::vector<Sequence>& batch) cons
     const int64_t n = sequence.n;
     check_argument(cache.n_layers() == static_cast<int64_t>(weights_.layers.size()) &&
                        cache.n_kv_heads() == config_.n_kv_heads &&
-                       cache.head_dim() == config_.head_dim,
+                       cache.shape().head_dim == config_.head_dim,
                    "the KV cache was made for another model");
     check_argument(n >= 1, "forward needs at least one token");
     check_argument(cache.pos() + n <= cache.n_ctx(), n, " tokens do not fit: the cache holds ",

@@ -10,25 +10,50 @@
 
 namespace tmac {
 
-// What one member of the Llama family differs by, as data.
+// One way to turn heads by their position.
+struct Rope {
+  std::vector<float> inv_freq;       // [rotary_dim / 2]
+  std::vector<float> long_inv_freq;  // the same for contexts beyond the original one; or empty
+  int64_t original_context = 0;      // if there are long_inv_freq
+  float attention_scale = 1;         // on cosines and sines
+};
+
+// What multiplies the rows of `up` after `gate`.
+enum class Activation { kSilu, kGeluTanh, kRelu2 };
+
+// What one decoder family differs by from others, as data.
 struct DecoderConfig {
   int64_t n_heads = 0;
   int64_t n_kv_heads = 0;
   int64_t head_dim = 0;
+  int64_t rotary_dim = 0;  // the first elements of each head, which rope turns
   float rms_norm_eps = 0;
-  std::vector<float> inv_freq;  // [head_dim / 2]
-  float rope_attention_scale = 1;
-  int64_t sliding_window = 0;  // 0: attend to every earlier position
+  float query_scalar = 0;                           // attention scores are q.k / sqrt(query_scalar)
+  float attention_softcap = 0, logits_softcap = 0;  // 0: none
+  float embedding_scale = 1;
+  Activation activation = Activation::kSilu;
+  std::vector<Rope> ropes;
   Tables tables = Tables::kInt8;
+  Tables head_tables = Tables::kInt8;  // of lm_head
 };
 
+// Null pointers are steps that a family does not have.
 struct LayerWeights {
-  const float* input_norm = nullptr;           // [hidden]
-  const float* post_attention_norm = nullptr;  // [hidden]
-  Linear q, k, v;                              // [n_heads or n_kv_heads * head_dim, hidden]
-  Linear o;                                    // [hidden, n_heads * head_dim]
-  Linear gate, up;                             // [intermediate, hidden]
-  Linear down;                                 // [hidden, intermediate]
+  const float* input_norm = nullptr;                 // [hidden], before q, k and v
+  const float* attention_out_norm = nullptr;         // [hidden], of what attention adds
+  const float* feed_forward_norm = nullptr;          // [hidden], before gate and up
+  const float* feed_forward_out_norm = nullptr;      // [hidden], of what it adds
+  const float *q_norm = nullptr, *k_norm = nullptr;  // [head_dim], of each head
+  const float* attn_sub_norm = nullptr;              // [n_heads * head_dim], before o
+  const float* ffn_sub_norm = nullptr;               // [intermediate], before down
+  Linear q, k, v;                                    // [heads * head_dim, hidden]
+  Linear o;                                          // [hidden, n_heads * head_dim]
+  Linear gate, up;                                   // [intermediate, hidden]
+  Linear down;                                       // [hidden, intermediate]
+  const float *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr;
+  const float *o_bias = nullptr, *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
+  int64_t sliding_window = 0;  // 0: attend to every earlier position
+  int rope = 0;                // which of the ropes; -1: none
 };
 
 struct DecoderWeights {

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <vector>
 
 #include "model/activations.h"
 #include "model/decoder.h"
@@ -21,7 +22,9 @@ struct Decoder::Pass {
  public:
   Pass(const Decoder& decoder, Activations& activations, Team& members, const Token* first_token,
        int64_t n_tokens)
-      : model(decoder), a(activations), team(members), tokens(first_token), n(n_tokens) {}
+      : model(decoder), a(activations), team(members), tokens(first_token), n(n_tokens) {
+    share_out();
+  }
 
   void embed();
   void layer(size_t index);
@@ -31,33 +34,71 @@ struct Decoder::Pass {
  private:
   struct Product {
     const Linear& w;
-    float* y;  // [tokens, w.spec.m]
+    const float* bias;  // [w.spec.m] or null
+    float* y;           // [tokens, w.spec.m]
   };
+  // Queries that one thread works on together: some heads of tokens of one sequence.
+  struct Piece {
+    KvCache* cache;
+    int64_t first_token, n_tokens, kv_head, first_head, n_heads;
+    int64_t first_part, end_part;                    // of kAttendPart positions
+    int64_t first[kMostQueries], end[kMostQueries];  // positions of each query
+  };
+  static constexpr int64_t kShortContext = 1024;  // keys and values of a head stay in cache
 
   // pass.cc
   template <typename TokenAt>
-  void norm_into_inputs(const float* weight, const InputPlan& plan, int64_t count,
-                        const TokenAt& token_at);
-  void norm_into_inputs(const float* weight, const InputPlan& plan);
-  void multiply(const InputPlan& plan, std::initializer_list<Product> products, int64_t count);
-  void multiply_add(const Linear& w, Inputs& inputs, const InputPlan& plan);
+  void norm_into_inputs(const float* x, const float* weight, int64_t width, const InputPlan& plan,
+                        Inputs& inputs, int64_t count, const TokenAt& token_at);
+  void norm_into_inputs(const float* x, const float* weight, int64_t width, const InputPlan& plan,
+                        Inputs& inputs);
+  void add_bias(const float* bias, int64_t count, int64_t begin, int64_t end, float* y,
+                int64_t stride);
+  void multiply(Inputs& inputs, const InputPlan& plan, std::initializer_list<Product> products,
+                int64_t count);
+  void multiply_add(const Linear& w, const float* bias, const float* out_norm, Inputs& inputs,
+                    const InputPlan& plan);
+  // Where the cosines and sines of a token are.
+  int64_t rope_at(size_t rope, int64_t token) const {
+    return (static_cast<int64_t>(rope) * a.tokens + token) * half_rotary;
+  }
+  // feed_forward.cc
   void feed_forward(const LayerWeights& w, const LayerPlans& plans);
+  void activate(float* gate, const float* up, int64_t size) const;
   // attention.cc
+  void turn_head(const LayerWeights& w, const float* norm, int64_t token, const float* x,
+                 float* out);
   void store_keys_and_values(int64_t layer);
   void attend(int64_t layer, const InputPlan& o_plan);
+  void share_out();
+  void make_runs(int64_t most);
+  Piece piece(int64_t layer, int64_t index) const;
+  AttendQueries prepare(int64_t layer, const Piece& p);
+  void attend_part(int64_t layer, const Piece& p, const AttendQueries& queries, int64_t part,
+                   float* states);
+  void attend_piece(int64_t layer, const Piece& p, float* states);
+  void merge(const Piece& p, float* states, const float* following);
+  void finish(const Piece& p, float* states, const InputPlan& o_plan, bool build_now);
+  int64_t chunks() const {
+    return config.n_kv_heads * ceil_div(config.n_heads / config.n_kv_heads, heads_at_once);
+  }
 
   const Decoder& model;
   Activations& a;
   Team& team;
   const Token* const tokens;  // [n]
   const int64_t n;
+  std::vector<int64_t> runs;  // where runs of tokens that are worked on together begin, and n
+  int64_t heads_at_once = 1;
+  bool by_part = false;
+  int64_t parts = 1;  // that the longest of the sequences has
 
   const DecoderConfig& config = model.config_;
   const DecoderWeights& weights = model.weights_;
-  const Kernels& isa = kernels();
+  const VectorKernels& isa = vector_kernels();
   const int64_t hidden = weights.embed_tokens.spec.k;
   const int64_t head_dim = config.head_dim;
-  const int64_t half_dim = config.head_dim / 2;
+  const int64_t half_rotary = config.rotary_dim / 2;
   const int64_t q_width = config.n_heads * config.head_dim;
   const int64_t kv_width = config.n_kv_heads * config.head_dim;
 };

@@ -57,7 +57,7 @@ float Inputs::choose_unit(const InputPlan& plan, int64_t n_tokens, int64_t token
                           const float* x) {
   float unit = 1, to_units = 0;
   if (tables_ == Tables::kExact8) {
-    const float limit = kernels().max_abs(x, plan.k());
+    const float limit = vector_kernels().max_abs(x, plan.k());
     constexpr float kRange = kInt8Max;
     const bool vanishes = !(limit >= kRange * 0x1p-120f);
     unit = vanishes ? 0 : limit / kRange;

@@ -22,6 +22,7 @@ def active_isa() -> str: ...
 
 OffsetKind = Literal["none", "offset", "zero"]
 Tables = Literal["int8", "exact", "exact8"]
+KvType = Literal["f16", "int8", "int4"]
 Encoding = Literal["uniform", "ternary", "bcq"]
 
 def packed_nbytes(
@@ -56,6 +57,15 @@ def unpack(
     encoding: Encoding = "uniform",
     scale: float | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16] | None, NDArray[np.float16] | None]: ...
+def group_ranges(w: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+def nearest_codes(
+    w: NDArray[np.float32],
+    scales: NDArray[np.float16],
+    offsets: NDArray[np.float16] | None = None,
+    *,
+    zero: float,
+    bits: int,
+) -> NDArray[np.uint8]: ...
 
 class Linear:
     def __init__(
@@ -92,9 +102,40 @@ def linear_forward(
     linear: Linear, x: NDArray[np.float32], pool: ThreadPool, *, tables: Tables
 ) -> NDArray[np.float32]: ...
 
-class LayerTensors(TypedDict):
+OptionalTensor = Literal[
+    "attention_out_norm",
+    "feed_forward_out_norm",
+    "q_norm",
+    "k_norm",
+    "attn_sub_norm",
+    "ffn_sub_norm",
+    "q_bias",
+    "k_bias",
+    "v_bias",
+    "o_bias",
+    "gate_bias",
+    "up_bias",
+    "down_bias",
+]
+
+class OptionalTensors(TypedDict, total=False):
+    attention_out_norm: NDArray[np.float32]
+    feed_forward_out_norm: NDArray[np.float32]
+    q_norm: NDArray[np.float32]
+    k_norm: NDArray[np.float32]
+    attn_sub_norm: NDArray[np.float32]
+    ffn_sub_norm: NDArray[np.float32]
+    q_bias: NDArray[np.float32]
+    k_bias: NDArray[np.float32]
+    v_bias: NDArray[np.float32]
+    o_bias: NDArray[np.float32]
+    gate_bias: NDArray[np.float32]
+    up_bias: NDArray[np.float32]
+    down_bias: NDArray[np.float32]
+
+class LayerTensors(OptionalTensors):
     input_norm: NDArray[np.float32]
-    post_attention_norm: NDArray[np.float32]
+    feed_forward_norm: NDArray[np.float32]
     q_proj: Linear
     k_proj: Linear
     v_proj: Linear
@@ -102,6 +143,14 @@ class LayerTensors(TypedDict):
     gate_proj: Linear
     up_proj: Linear
     down_proj: Linear
+    sliding_window: int
+    rope: int
+
+class RopeTables(TypedDict):
+    inv_freq: NDArray[np.float32]
+    attention_scale: float
+    long_inv_freq: NDArray[np.float32] | None
+    original_context: int
 
 class Decoder:
     """Const weights of one model; shared by every cache and thread."""
@@ -116,11 +165,16 @@ class Decoder:
         n_heads: int,
         n_kv_heads: int,
         head_dim: int,
+        rotary_dim: int,
         rms_norm_eps: float,
-        inv_freq: NDArray[np.float32],
-        rope_attention_scale: float,
-        sliding_window: int,
+        query_scalar: float,
+        attention_softcap: float,
+        logits_softcap: float,
+        embedding_scale: float,
+        activation: str,
+        ropes: Sequence[RopeTables],
         tables: Tables,
+        head_tables: Tables,
     ) -> None: ...
     @property
     def vocab_size(self) -> int: ...
@@ -133,13 +187,56 @@ class Decoder:
     ) -> NDArray[np.float32]: ...
 
 class KvCache:
-    """fp16 keys and values of one sequence."""
+    """Keys and values of one sequence."""
 
-    def __init__(self, *, n_layers: int, n_kv_heads: int, head_dim: int, n_ctx: int) -> None: ...
+    def __init__(
+        self,
+        *,
+        n_layers: int,
+        n_kv_heads: int,
+        head_dim: int,
+        n_ctx: int,
+        keys: KvType = "f16",
+        values: KvType = "f16",
+    ) -> None: ...
     @property
     def pos(self) -> int: ...
     @property
     def n_ctx(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def keys(self) -> KvType: ...
+    @property
+    def values(self) -> KvType: ...
+    def fork(self, n_ctx: int = 0) -> KvCache: ...
+    def state(self) -> NDArray[np.uint8]: ...
+    def restore(self, state: NDArray[np.uint8]) -> None: ...
     def truncate(self, pos: int) -> None: ...
+
+class Sampler:
+    """Chooses tokens. Holds the random state; one thread at a time."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repeat_penalty: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+        logit_bias: Sequence[tuple[int, float]],
+        state: tuple[int, int],
+        increment: tuple[int, int],
+    ) -> None: ...
+    def sample(self, logits: NDArray[np.float32], recent: Sequence[int]) -> tuple[int, float]: ...
+    def distribution(
+        self, logits: NDArray[np.float32], recent: Sequence[int]
+    ) -> tuple[NDArray[np.int32], NDArray[np.float64]]: ...
+    def draw(self, shares: NDArray[np.float64]) -> int: ...
+    def uniform(self) -> float: ...
+
+def log_probability(logits: NDArray[np.float32], id: int) -> float: ...
+def most_likely(logits: NDArray[np.float32], k: int) -> list[tuple[int, float]]: ...

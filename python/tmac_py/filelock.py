@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -31,3 +32,28 @@ def lock_file(path: Path, *, waiting: Callable[[], None]) -> Iterator[bool]:
                 raise
             locked = False
         yield locked
+
+
+def create_held(path: Path) -> FileIO | None:
+    """Make the file at ``path`` and hold it, as long as it is open, against `remove_unheld`.
+
+    None where that removed it meanwhile. Raises OSError for a file that is there or cannot be made.
+    """
+    file = path.open("xb", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            file.close()
+            raise
+    if path.exists():
+        return file
+    file.close()
+    return None
+
+
+def remove_unheld(path: Path) -> None:
+    """Remove a file made by `create_held` whose process has died, where that is sure."""
+    with suppress(OSError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()

@@ -1,38 +1,21 @@
-"""The loop over tokens: prefill, sample, decode, stop. Knows text and ids, no tensors."""
+"""The loop over tokens: text, stop strings, timings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal, Protocol, TypeVar
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from tmac_py.decoding import CacheT, Forward, Ids, Progress, decode, prefill
 from tmac_py.errors import OptionError
 from tmac_py.sampling import Sampler
+from tmac_py.speculative import Drafter, Speculation, speculate
 from tmac_py.tokenizer import IncrementalDecoder
 
 FinishReason = Literal["stop", "length"]
 """Why an answer ended: an end token or stop string, or ``max_tokens`` or the context reached."""
-
-PREFILL_CHUNK = 256
-"""Prompt tokens per call of the core, which takes as many through a layer at once. Ctrl-C and
-cancellation are answered between calls."""
-
-
-class Cache(Protocol):
-    """What the loop needs of a KV cache."""
-
-    @property
-    def pos(self) -> int:
-        """Tokens it holds."""
-
-
-CacheT = TypeVar("CacheT", bound=Cache)
-Forward = Callable[[NDArray[np.int32], CacheT], NDArray[np.float32]]
-"""ids int32 [n], cache -> logits float32 [vocab] of the last token; the cache grows by n."""
 
 
 @dataclass(frozen=True)
@@ -179,14 +162,16 @@ def _overlap(text: str, stop: str) -> int:
 def stream_tokens(
     forward: Forward[CacheT],
     cache: CacheT,
-    prompt: NDArray[np.int32],
+    prompt: Ids,
     *,
     decoder: IncrementalDecoder,
     sampler: Sampler,
     eos_ids: Collection[int],
     max_tokens: int,
+    before: Sequence[int] = (),
     stop: Sequence[str] = (),
-    progress: Callable[[int, int], None] | None = None,
+    drafter: Drafter | None = None,
+    progress: Progress | None = None,
 ) -> Generator[Token, None, None]:
     """Generate up to ``max_tokens`` tokens after ``prompt``.
 
@@ -201,52 +186,42 @@ def stream_tokens(
         sampler: chooses tokens.
         eos_ids: tokens that end the answer; their text is not shown.
         max_tokens: at least 1.
+        before: what the cache holds of the same text already.
         stop: strings that end the answer and are not shown.
+        drafter: where guesses of the next tokens come from; None: one token at a time.
         progress: called during prefill.
     """
     started = perf_counter()
-    logits = _prefill(forward, cache, prompt, progress)
-    history: list[int] = prompt.tolist()
+    logits = prefill(forward, cache, prompt, progress)
+    history: list[int] = [*before, *prompt.tolist()]
+    if drafter is None:
+        tokens = decode(forward, cache, logits, sampler, history)
+    else:
+        speculation = Speculation(drafter)
+        tokens = speculate(forward, cache, logits, sampler, history, speculation, max_tokens)
     finder = StopFinder(stop)
     prompt_seconds = gen_seconds = 0.0
     reason: FinishReason | None = None
-    for n_gen in range(1, max_tokens + 1):
-        token_id, logprob = sampler.sample(logits, history)
-        history.append(token_id)
-        ended = token_id in eos_ids
-        text = "" if ended else finder.push(decoder.push(token_id))
-        if finder.found:
-            reason = "stop"
-        elif ended or n_gen == max_tokens:
-            text += finder.push(decoder.flush())
-            text += finder.flush()
-            reason = "stop" if ended or finder.found else "length"
-        seconds = perf_counter() - started
-        if n_gen == 1:
-            prompt_seconds = seconds
-        else:
-            gen_seconds += seconds
-        timings = Timings(len(prompt), prompt_seconds, n_gen, gen_seconds)
-        yield Token(text, token_id, logprob, reason, timings)
-        if reason:
-            return
-        started = perf_counter()
-        logits = forward(np.array([token_id], dtype=np.int32), cache)
-
-
-def _prefill(
-    forward: Forward[CacheT],
-    cache: CacheT,
-    prompt: NDArray[np.int32],
-    progress: Callable[[int, int], None] | None,
-) -> NDArray[np.float32]:
-    """Logits after the last token of the prompt."""
-    total = len(prompt)
-    for start in range(0, total, PREFILL_CHUNK):
-        logits = forward(prompt[start : start + PREFILL_CHUNK], cache)
-        if progress is not None:
-            progress(min(start + PREFILL_CHUNK, total), total)
-    return logits
+    with closing(tokens):
+        for n_gen, (token_id, logprob) in enumerate(tokens, start=1):
+            ended = token_id in eos_ids
+            text = "" if ended else finder.push(decoder.push(token_id))
+            if finder.found:
+                reason = "stop"
+            elif ended or n_gen == max_tokens:
+                text += finder.push(decoder.flush())
+                text += finder.flush()
+                reason = "stop" if ended or finder.found else "length"
+            seconds = perf_counter() - started
+            if n_gen == 1:
+                prompt_seconds = seconds
+            else:
+                gen_seconds += seconds
+            timings = Timings(len(prompt), prompt_seconds, n_gen, gen_seconds)
+            yield Token(text, token_id, logprob, reason, timings)
+            if reason:
+                return
+            started = perf_counter()
 
 
 def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import secrets
 from collections.abc import Collection, Mapping
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from tmac_py.blockwriter import BlockWriter
 from tmac_py.config import ModelConfig
 from tmac_py.errors import ModelFileError
+from tmac_py.filelock import create_held, remove_unheld
 from tmac_py.lutheader import (
     TOKENIZER_PREFIX,
     TensorEntry,
@@ -29,16 +31,21 @@ from tmac_py.lutheader import (
     order_of,
     packed_nbytes,
 )
+from tmac_py.parallel import Background
 from tmac_py.spec import LinearSpec
+
+_SYNC_BYTES = 1 << 26
+"""Written bytes that may wait for the disk; without a bound all of them wait at the end."""
 
 
 class LutWriter:
     """Write one .lut file; a context manager.
 
-    Packed matrices go to a temporary file beside ``path`` as they are added; leaving the block
-    without an exception checks that the model is complete, writes the rest and renames. Leaving it
-    with any exception, KeyboardInterrupt included, removes the temporary file and leaves ``path``
-    as it was.
+    Packed matrices go to a temporary file beside ``path`` as they are added, each while the caller
+    makes the next one; leaving the block without an exception checks that the model is complete,
+    writes the rest and renames. Leaving it with any exception, KeyboardInterrupt included, removes
+    the temporary file and leaves ``path`` as it was. Temporary files of processes that were killed
+    go when the next writer of ``path`` comes.
     """
 
     def __init__(
@@ -56,7 +63,9 @@ class LutWriter:
         self._source = dict(source)
         self._tokenizer = dict(tokenizer)
         self._shapes = config.tensor_shapes()
+        self._added: set[str] = set()
         self._linears: dict[str, TensorEntry] = {}
+        self._synced = 0
         self._orders: dict[str, NDArray[np.int32]] = {}
         self._floats: dict[str, NDArray[np.float32]] = {}
         self._temporary: Path | None = None
@@ -67,13 +76,18 @@ class LutWriter:
     def __enter__(self) -> LutWriter:
         if self._path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self._path))
-        temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(6)}.tmp")
-        try:
-            self._file = temporary.open("xb", buffering=0)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
-        self._temporary = temporary
+        for left in self._path.parent.glob(f".{glob.escape(self._path.name)}.{'?' * 12}.tmp"):
+            remove_unheld(left)
+        file = None
+        while file is None:
+            temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(6)}.tmp")
+            try:
+                file = create_held(temporary)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self._path)) from None
+        self._file, self._temporary = file, temporary
         self._data = BlockWriter(self._file, self._data_start)
+        self._background = Background()
         return self
 
     def add_linear(
@@ -85,8 +99,9 @@ class LutWriter:
     ) -> None:
         """Append one packed matrix, uint8 ``[packed_nbytes]``, and keep its order ``[k]``.
 
-        Raises ModelFileError when name, shape or size do not fit the configuration, OSError on a
-        full disk.
+        ``packed`` is written after the call returns and must not change any more. Raises
+        ModelFileError when name, shape or size do not fit the configuration, OSError if the matrix
+        before did not fit on the disk.
         """
         try:
             check_spec(spec)
@@ -101,7 +116,14 @@ class LutWriter:
         if order is not None:
             self._orders[order_of(name)] = np.array(order, dtype="<i4", order="C")
         data = np.ascontiguousarray(packed).data
-        self._linears[name] = self._append(name, "linear", (spec.m, spec.k), data, spec)
+
+        def write() -> None:
+            self._linears[name] = self._append(name, "linear", (spec.m, spec.k), data, spec)
+            if self._data.position - self._synced > _SYNC_BYTES:
+                self._sync()
+
+        self._background.run(write)
+        self._added.add(name)
 
     def add_float(self, name: str, values: NDArray[np.float32]) -> None:
         """Keep one float32 vector; it is written when the file is complete."""
@@ -118,8 +140,10 @@ class LutWriter:
     ) -> None:
         try:
             if kind is None:
+                self._background.wait()
                 self._commit()
         finally:
+            self._background.close()
             self._file.close()
             if self._temporary is not None:
                 self._temporary.unlink(missing_ok=True)
@@ -147,7 +171,7 @@ class LutWriter:
             first = BlockWriter(self._file, 0)
             first.append(memoryview(header))
             first.flush()
-            os.fsync(self._file.fileno())
+            self._sync()
             self._file.close()
             self._temporary.replace(self._path)
         except OSError as error:
@@ -158,12 +182,19 @@ class LutWriter:
     def _expect(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._shapes:
             raise ModelFileError(f"tensor {name}: not part of this model")
-        if name in self._linears or name in self._floats:
+        if name in self._added or name in self._floats:
             raise ModelFileError(f"tensor {name}: added twice")
         if shape != self._shapes[name]:
             raise ModelFileError(
                 f"tensor {name}: shape {list(shape)}, must be {list(self._shapes[name])}"
             )
+
+    def _sync(self) -> None:
+        self._synced = self._data.position
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def _append(
         self,

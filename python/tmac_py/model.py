@@ -12,14 +12,22 @@ from numpy.typing import ArrayLike, NDArray
 
 from tmac_py import _core
 from tmac_py.chat import ChatTemplate, Message, find_template
-from tmac_py.checks import check_tables, check_threads, check_whole
+from tmac_py.checks import check_kv, check_tables, check_threads, check_whole
 from tmac_py.config import ModelConfig
 from tmac_py.decoder import build_decoder
+from tmac_py.decoding import PREFILL_CHUNK
 from tmac_py.errors import ContextError, ModelFileError, OptionError, TmacError
-from tmac_py.generate import PREFILL_CHUNK, Result, Token, check_stop, stream_tokens
+from tmac_py.generate import Result, Token, check_stop, stream_tokens
+from tmac_py.generation_defaults import load_defaults
 from tmac_py.lutfile import LutFile
 from tmac_py.pool import thread_pool
-from tmac_py.sampling import Sampler, SamplingParams, new_seed
+from tmac_py.sampling import (
+    LogitsProcessor,
+    Sampler,
+    SamplingParams,
+    check_processors,
+    new_seed,
+)
 from tmac_py.spec import Tables
 from tmac_py.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -39,9 +47,12 @@ class Model:
 
     Attributes:
         path: the .lut file.
+        file: its contents.
         config: sizes and special tokens.
         threads: threads the core computes with.
         tables: "int8", "exact" or "exact8".
+        sampling_defaults: arguments of SamplingParams that the checkpoint's generation_config.json
+            named.
     """
 
     def __init__(
@@ -60,11 +71,12 @@ class Model:
         files = file.tokenizer
         self._tokenizer = Tokenizer(files, bos_id=file.config.bos_token_id) if files else None
         settings = self._tokenizer.config if self._tokenizer else {}
+        self.sampling_defaults = load_defaults(files)
         self._template_source = find_template(files, settings)
         self._template: ChatTemplate | None = None
         self._pool = thread_pool(self.threads)
         self._decoder: _core.Decoder | None = build_decoder(file, self.tables)
-        self._file = file
+        self.file = file
 
     @classmethod
     def load(
@@ -83,7 +95,8 @@ class Model:
                 affinity and quota included). Models with the same number share the threads.
             tables: lookup tables of "int8" (fast), "exact" (activations rounded to 14 bits, exact
                 sums) or "exact8" (to 8 bits per token: BitNet's arithmetic); None takes "exact8"
-                for models made for it, "int8" for others.
+                for models made for it, "int8" for others. With "exact8" an lm_head of such a model
+                that is not ternary gets "exact", as in its training.
             check: compare all tensors with their checksums first.
 
         Raises:
@@ -121,12 +134,19 @@ class Model:
         """The most tokens the model was made for, prompt and answer together."""
         return self.config.max_position_embeddings
 
-    def new_cache(self, n_ctx: int = 0) -> _core.KvCache:
+    def new_cache(self, n_ctx: int = 0, kv: str = "f16") -> _core.KvCache:
         """An empty KV cache for one sequence of up to ``n_ctx`` tokens; 0 = all the model allows.
+
+        Args:
+            n_ctx: tokens.
+            kv: how keys and values are stored: "f16", "int8" (half the memory), "int4" (a quarter),
+                or keys and values apart, as in "int8/int4".
 
         Raises:
             ContextError: ``n_ctx`` is more than the model allows, or there is not enough memory.
+            OptionError: ``kv`` is none of these.
         """
+        keys, values = check_kv(kv)
         self._open_decoder()
         n_ctx = self._check_n_ctx(n_ctx)
         config = self.config
@@ -136,6 +156,8 @@ class Model:
                 n_kv_heads=config.num_key_value_heads,
                 head_dim=config.head_dim,
                 n_ctx=n_ctx,
+                keys=keys,
+                values=values,
             )
         except (MemoryError, RuntimeError, ValueError) as error:
             raise ContextError(
@@ -251,17 +273,20 @@ class Model:
         prompt: str | Sequence[int],
         *,
         max_tokens: int = 256,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
-        repeat_last_n: int = 64,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
+        repeat_last_n: int | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         n_ctx: int = 0,
+        kv: str = "f16",
         cache: _core.KvCache | None = None,
         trim_space: bool = False,
         progress: Progress | None = None,
@@ -275,10 +300,16 @@ class Model:
             max_tokens: the most tokens to generate; -1 = until the answer ends or the context is
                 full.
             temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, presence_penalty,
-                frequency_penalty, seed: see :class:`tmac_py.sampling.SamplingParams`.
+                frequency_penalty, logit_bias, seed: see
+                :class:`tmac_py.sampling.SamplingParams`; None = as the model's makers want it
+                (``sampling_defaults``), else as there.
+            logits_processor: one or several functions that are called before every token with the
+                ids of prompt and answer so far, int32 [n], and the logits, float32 [vocab], which
+                they change in place or replace by those they return.
             stop: strings that end the answer; they are not part of it.
             n_ctx: size of the context; 0 = what prompt and ``max_tokens`` need, within what the
                 model allows.
+            kv: how a new cache stores keys and values, see :meth:`new_cache`.
             cache: continue after what this KV cache holds, in place of a new one.
             trim_space: drop the space with which SentencePiece vocabularies begin an answer.
             progress: called with (tokens done, all tokens) after each part of the prompt.
@@ -288,30 +319,37 @@ class Model:
             OptionError: an argument is not allowed.
             TmacError: the model is closed.
         """
-        params = SamplingParams(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repeat_penalty=repeat_penalty,
-            repeat_last_n=repeat_last_n,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            seed=seed,
-        )
+        given = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repeat_penalty": repeat_penalty,
+            "repeat_last_n": repeat_last_n,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "logit_bias": logit_bias,
+            "seed": seed,
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        params = SamplingParams(**{**self.sampling_defaults, **chosen})
+        for token in params.logit_bias:
+            check_whole("a token id of logit_bias", token, 0, self.config.vocab_size - 1)
+        processors = check_processors(logits_processor)
         stop = check_stop(stop)
         max_tokens = _check_max_tokens(max_tokens)
         ids = self._prompt_ids(prompt)
         if cache is not None and n_ctx:
             raise OptionError("n_ctx and cache exclude each other: a cache has its size")
+        check_kv(kv)
         size = cache.n_ctx if cache else self._fitting_n_ctx(len(ids), max_tokens, n_ctx)
         room = _room(size, cache.pos if cache else 0, len(ids), max_tokens)
         return stream_tokens(
             self.forward,
-            cache or self.new_cache(size),
+            cache or self.new_cache(size, kv),
             ids,
             decoder=IncrementalDecoder(self.tokenizer, trim_space=trim_space),
-            sampler=Sampler(params),
+            sampler=Sampler(params, processors),
             eos_ids=frozenset(self.config.eos_token_ids),
             max_tokens=room,
             stop=stop,
@@ -323,17 +361,20 @@ class Model:
         prompt: str | Sequence[int],
         *,
         max_tokens: int = 256,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
-        repeat_last_n: int = 64,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
+        repeat_last_n: int | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         n_ctx: int = 0,
+        kv: str = "f16",
         cache: _core.KvCache | None = None,
         trim_space: bool = False,
         progress: Progress | None = None,
@@ -354,9 +395,12 @@ class Model:
             repeat_last_n=repeat_last_n,
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            logits_processor=logits_processor,
             seed=seed,
             stop=stop,
             n_ctx=n_ctx,
+            kv=kv,
             cache=cache,
             trim_space=trim_space,
             progress=progress,
@@ -371,7 +415,7 @@ class Model:
     def close(self) -> None:
         """Let go of file and weights; a generation under way ends with TmacError."""
         self._decoder = None
-        self._file.close()
+        self.file.close()
 
     def __enter__(self) -> Model:
         return self

@@ -6,13 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmac_py import _core
-from tmac_py.lutheader import ROW_TILE
+from tmac_py.lutheader import ALIGNMENT, ROW_TILE, packed_nbytes
 from tmac_py.parallel import map_threads
 from tmac_py.quant import QuantTensor
 from tmac_py.spec import LinearSpec
 
-_CHUNK_ELEMENTS = 1 << 20
-"""Weights that one thread packs at once."""
+_CHUNK_ELEMENTS = 1 << 18
+"""Weights that one thread packs at once: codes and packed bytes stay in its cache."""
 
 
 def pack(q: QuantTensor) -> NDArray[np.uint8]:
@@ -20,15 +20,22 @@ def pack(q: QuantTensor) -> NDArray[np.uint8]:
 
     ``q.order`` is not part of it.
     """
-    if q.scale is not None:  # such a matrix has an end of its own
-        return _pack_rows(q, slice(0, q.m))
-    return np.concatenate(map_threads(lambda rows: _pack_rows(q, rows), _tiles(q)))
+    packed = np.empty(packed_nbytes(q.spec), np.uint8)
+    n_tiles = -(-q.m // ROW_TILE)
+    tile_bytes = (len(packed) - (0 if q.scale is None else ALIGNMENT)) // n_tiles
+    step = max(1, _CHUNK_ELEMENTS // (q.k * ROW_TILE))
 
+    def fill(first: int) -> None:
+        tiles = slice(first, min(first + step, n_tiles))
+        part = _pack_rows(q, slice(tiles.start * ROW_TILE, tiles.stop * ROW_TILE))
+        # A matrix with one scale has an end of its own, and so has each part of it.
+        packed[tiles.start * tile_bytes : tiles.stop * tile_bytes] = part[
+            : (tiles.stop - tiles.start) * tile_bytes
+        ]
 
-def _tiles(q: QuantTensor) -> list[slice]:
-    """Runs of whole tiles, which follow each other in the file."""
-    step = max(1, _CHUNK_ELEMENTS // (q.k * ROW_TILE)) * ROW_TILE
-    return [slice(start, start + step) for start in range(0, q.m, step)]
+    map_threads(fill, range(0, n_tiles, step))
+    packed[n_tiles * tile_bytes :] = 0
+    return packed
 
 
 def _pack_rows(q: QuantTensor, rows: slice) -> NDArray[np.uint8]:

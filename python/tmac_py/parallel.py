@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -30,6 +30,29 @@ def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> li
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+class Background:
+    """A thread that does one piece of work at a time while the caller goes on."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._work: Future[None] | None = None
+
+    def run(self, function: Callable[[], None]) -> None:
+        """Start ``function`` once the piece before has ended; raises what that raised."""
+        self.wait()
+        self._work = self._pool.submit(function)
+
+    def wait(self) -> None:
+        """Return when all work is done; raises what it raised."""
+        work, self._work = self._work, None
+        if work is not None:
+            work.result()
+
+    def close(self) -> None:
+        """End the thread, after the work that it is at."""
+        self._pool.shutdown(wait=True)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from tmac_py import _core
 from tmac_py.parallel import map_threads
 from tmac_py.spec import LAYOUTS, Encoding, LinearSpec, OffsetKind
 
@@ -22,6 +23,9 @@ MAX_BCQ_BITS = 4
 
 _CHUNK_ELEMENTS = 1 << 16
 """Weights worked on at once: a few float32 buffers of this size stay in the L2 cache."""
+
+_MINMAX_ELEMENTS = 1 << 18
+"""The same where there are two such buffers only, and little to do for each weight."""
 
 _SHRINK: dict[int, tuple[float, int]] = {1: (0.2, 9), 2: (0.4, 9), 3: (0.5, 9), 4: (0.6, 8)}
 """bits -> (smallest fraction of the min-max range tried by "mse", number of fractions)."""
@@ -105,14 +109,15 @@ class QuantTensor:
                 raise ValueError(
                     f"{name} {values.dtype}{list(values.shape)}: float16{list(wanted)} is needed"
                 )
-        if self.bits < MAX_BITS and int(self.codes.max()) >= 1 << self.bits:
-            raise ValueError(f"code {int(self.codes.max())} does not fit in {self.bits} bits")
+        largest = int(self.codes.max()) if self.bits < MAX_BITS else 0
+        if largest >= 1 << self.bits:
+            raise ValueError(f"code {largest} does not fit in {self.bits} bits")
         if self.encoding not in get_args(Encoding):
             raise ValueError(f"encoding {self.encoding!r}: one of {get_args(Encoding)}")
         if self.encoding == "ternary":
             if (self.bits, self.offset_kind, self.zero) != (2, "none", 1):
                 raise ValueError("a ternary matrix has bits 2, offset_kind 'none' and zero 1")
-            if int(self.codes.max()) > 2:
+            if largest > 2:
                 raise ValueError("code 3: a ternary matrix has codes 0, 1 and 2")
         if self.encoding == "bcq" and (
             self.bits > MAX_BCQ_BITS or (self.offset_kind, self.zero) != ("offset", 0)
@@ -242,7 +247,8 @@ def quantize_rtn(
             if offsets is not None:
                 offsets[rows, groups] = o
 
-    map_threads(encode, row_chunks(m, k, _CHUNK_ELEMENTS))
+    elements = _MINMAX_ELEMENTS if search == "minmax" else _CHUNK_ELEMENTS
+    map_threads(encode, row_chunks(m, k, elements))
     zero = 0.0 if asym else symmetric_zero(bits)
     kind: OffsetKind = "offset" if asym else "none"
     return QuantTensor(codes, scales, offsets, bits, group_size, kind, zero)
@@ -273,14 +279,17 @@ def bcq_tensor(
     offsets: NDArray[np.float16],
     *,
     group_size: int | None = None,
+    order: NDArray[np.int32] | None = None,
 ) -> QuantTensor:
     """The matrix of codes ``[m, k]`` whose bits have the scales ``[m, n_groups, bits]``.
 
-    Offsets are ``[m, n_groups]``, of groups of ``group_size`` weights (default: k).
+    Offsets are ``[m, n_groups]``, of groups of ``group_size`` weights (default: k); ``order`` is
+    as in QuantTensor.
     Raises ValueError when shapes, dtypes or code values do not fit together.
     """
     size = codes.shape[-1] if group_size is None else group_size
-    return QuantTensor(codes, scales, offsets, scales.shape[-1], size, "offset", 0.0, "bcq")
+    bits = scales.shape[-1]
+    return QuantTensor(codes, scales, offsets, bits, size, "offset", 0.0, "bcq", order=order)
 
 
 def quantize_ternary(w: MatrixLike, *, scale: float | None = None) -> QuantTensor:
@@ -294,19 +303,24 @@ def quantize_ternary(w: MatrixLike, *, scale: float | None = None) -> QuantTenso
     m, k = w.shape
     rows = list(row_chunks(m, k, _CHUNK_ELEMENTS))
     if scale is None:
-        total = sum(float(np.abs(w[r]).sum(dtype=np.float64)) for r in rows)
+        sums = map_threads(lambda r: float(np.abs(w[r]).sum(dtype=np.float64)), rows)
+        total = sum(sums)
         if not np.isfinite(total):
             raise ValueError("weights are not finite")
         scale = max(total / (m * k), _TERNARY_SMALLEST)
     elif not np.finfo(np.float32).tiny <= scale <= np.finfo(np.float32).max:
         raise ValueError(f"scale {scale}: a positive float32 is needed")
     scale = float(np.float32(scale))
+    inverse = np.float32(1 / scale)
     codes = np.empty((m, k), np.uint8)
-    for r in rows:
-        trits = np.rint(np.asarray(w[r], np.float32) * np.float32(1 / scale))
+
+    def encode(rows: slice) -> None:
+        trits = np.rint(np.asarray(w[rows], np.float32) * inverse)
         if not np.isfinite(trits).all():
             raise ValueError("weights are not finite")
-        codes[r] = np.clip(trits, -1, 1) + 1
+        codes[rows] = np.clip(trits, -1, 1) + 1
+
+    map_threads(encode, rows)
     return ternary_tensor(codes, scale)
 
 
@@ -351,11 +365,12 @@ def encode_groups(
     and for fp16 overflow.
     """
     fractions = _fractions(bits, search)
-    low, high = w.min(axis=2), w.max(axis=2)  # [r, g]
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+    shape, flat = w.shape, np.ascontiguousarray(w).reshape(-1, w.shape[2])
+    low, high = (ends.reshape(shape[:2]) for ends in _core.group_ranges(flat))
+    if np.isnan(low).any():
         raise ValueError("weights are not finite")
     mean = w.mean(axis=2) if asym and len(fractions) > 1 else np.zeros_like(low)
-    best: tuple[NDArray[np.float32], NDArray[np.float16], NDArray[np.float16]] | None = None
+    best: tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]] | None = None
     best_error = np.empty_like(low)
     for fraction in fractions:
         f = np.float32(fraction)
@@ -363,7 +378,14 @@ def encode_groups(
             s, o = _asym_range(mean + f * (low - mean), mean + f * (high - mean), bits)
         else:
             s, o = _sym_range(f * low, f * high, bits)
-        q = _nearest(w, s, o, bits, asym)
+        codes = _core.nearest_codes(
+            flat,
+            s.reshape(-1),
+            o.reshape(-1) if asym else None,
+            zero=symmetric_zero(bits),
+            bits=bits,
+        )
+        q = codes.reshape(shape)
         if len(fractions) == 1:
             best = q, s, o
             break
@@ -375,8 +397,7 @@ def encode_groups(
         best_error[better] = error[better]
         best[0][better], best[1][better], best[2][better] = q[better], s[better], o[better]
     assert best is not None
-    q, s, o = best
-    return q.astype(np.uint8), s, o
+    return best
 
 
 def _to_fp16(values: NDArray[np.float32], what: str) -> NDArray[np.float16]:
@@ -407,29 +428,9 @@ def _sym_range(
     return _to_fp16(np.where(flip, -scale, scale), "scale"), np.zeros(low.shape, np.float16)
 
 
-def _nearest(
-    w: NDArray[np.float32],
-    s: NDArray[np.float16],
-    o: NDArray[np.float16],
-    bits: int,
-    asym: bool,
-) -> NDArray[np.float32]:
-    """Codes as float32 [r, g, n]; a scale of 0 gives the code of 0."""
-    s32 = s.astype(np.float32)[..., None]
-    inverse = np.divide(np.float32(1), s32, out=np.zeros_like(s32), where=s32 != 0)
-    if asym:
-        q = w - o.astype(np.float32)[..., None]
-        q *= inverse
-    else:
-        q = w * inverse
-        q += np.float32(symmetric_zero(bits))
-    np.rint(q, out=q)
-    return np.clip(q, 0, (1 << bits) - 1, out=q)
-
-
 def _squared_error(
     w: NDArray[np.float32],
-    q: NDArray[np.float32],
+    q: NDArray[np.uint8],
     s: NDArray[np.float16],
     o: NDArray[np.float16],
     bits: int,
@@ -437,7 +438,9 @@ def _squared_error(
     importance: NDArray[np.float32] | None,
 ) -> NDArray[np.float32]:
     zero = np.float32(0 if asym else symmetric_zero(bits))
-    d = (q - zero) * s.astype(np.float32)[..., None]
+    d = q.astype(np.float32)
+    d -= zero
+    d *= s.astype(np.float32)[..., None]
     d -= w
     if asym:
         d += o.astype(np.float32)[..., None]

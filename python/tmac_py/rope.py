@@ -6,12 +6,13 @@ import math
 import reprlib
 import sys
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tmac_py.errors import ModelFileError, UnsupportedError
+from tmac_py.json_values import MAX_SIZE
 
 _REQUIRED = {
     "linear": ("factor",),
@@ -24,10 +25,33 @@ _REQUIRED = {
     ),
     "yarn": ("factor", "original_max_position_embeddings"),
     "factors": ("factors",),
+    "longrope": (
+        "factor",
+        "short_factor",
+        "long_factor",
+        "original_max_position_embeddings",
+    ),
 }
-_YARN_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("attention_factor",),
+}
+_LISTS = ("factors", "short_factor", "long_factor")
 ROPE_TYPES = ("default", *_REQUIRED)
 """Scaling kinds: transformers' names, and "factors", which divides each frequency by a number."""
+
+
+class Rope(NamedTuple):
+    """One way to turn heads.
+
+    ``inv_freq`` float32 ``[rotary_dim / 2]``; ``long_inv_freq`` is None, or those of contexts of
+    more than ``original_context`` tokens; ``attention_scale`` is the factor on cos and sin.
+    """
+
+    inv_freq: NDArray[np.float32]
+    attention_scale: float
+    long_inv_freq: NDArray[np.float32] | None = None
+    original_context: int = 0
 
 
 def normalize_rope_scaling(
@@ -52,9 +76,9 @@ def normalize_rope_scaling(
         raise UnsupportedError(f"partial_rotary_factor {partial} is not supported (only 1)")
     if kind == "default":
         return None
-    if kind in ("llama3", "yarn"):
+    if kind in ("llama3", "yarn", "longrope"):
         original = given.setdefault("original_max_position_embeddings", max_position_embeddings)
-        if kind == "yarn" and isinstance(original, int) and original > 0:
+        if kind != "llama3" and isinstance(original, int) and original > 0:
             given.setdefault("factor", max_position_embeddings / original)
     elif kind == "dynamic":
         _check_dynamic(given.pop("original_max_position_embeddings", None), max_position_embeddings)
@@ -86,7 +110,7 @@ def check_rope_scaling(scaling: Mapping[str, Any]) -> None:
     if not isinstance(kind, str) or kind not in _REQUIRED:
         raise UnsupportedError(f"rope type {kind!r} is not supported ({', '.join(ROPE_TYPES)})")
     required = _REQUIRED[kind]
-    optional = (*_YARN_OPTIONAL, "truncate") if kind == "yarn" else ()
+    optional = _OPTIONAL.get(kind, ())
     if missing := [key for key in required if key not in scaling]:
         raise ModelFileError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}")
     if unknown := sorted(set(scaling) - {"rope_type", *required, *optional}):
@@ -98,7 +122,7 @@ def check_rope_scaling(scaling: Mapping[str, Any]) -> None:
         value = scaling.get(key, 1)
         if key == "truncate":
             valid = isinstance(value, bool | int)
-        elif key == "factors":
+        elif key in _LISTS:
             valid = isinstance(value, list) and all(_is_positive(item) for item in value)
         else:
             valid = _is_positive(value)
@@ -106,35 +130,39 @@ def check_rope_scaling(scaling: Mapping[str, Any]) -> None:
             raise ModelFileError(
                 f"rope_scaling: {key} must be positive, found {reprlib.repr(value)}"
             )
+    original = scaling.get("original_max_position_embeddings", 2)
+    if kind == "longrope" and not (isinstance(original, int) and 2 <= original <= MAX_SIZE):
+        raise ModelFileError(
+            "rope_scaling: original_max_position_embeddings must be an integer of at least 2, "
+            f"found {reprlib.repr(original)}"
+        )
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise ModelFileError("rope_scaling: high_freq_factor must be larger than low_freq_factor")
 
 
-def rope_frequencies(
-    *, head_dim: int, theta: float, scaling: Mapping[str, Any] | None
-) -> tuple[NDArray[np.float32], float]:
-    """Inverse frequencies float32 ``[head_dim / 2]`` and the factor on cos and sin.
+def rope_frequencies(*, rotary_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> Rope:
+    """Inverse frequencies and the factor on cos and sin.
 
     "dynamic" is plain RoPE here: it changes frequencies only beyond ``max_position_embeddings``,
-    which is where a context ends. Raises ModelFileError where the numbers give no finite ones.
+    which is where a context ends. "longrope" has two sets of frequencies (Ding et al., 2024, arXiv
+    2402.13753). Raises ModelFileError where the numbers give no finite ones.
     """
+    rope = None
     try:
         with np.errstate(all="ignore"):
-            freq, attention_scale = _frequencies(head_dim=head_dim, theta=theta, scaling=scaling)
+            rope = _rope(rotary_dim=rotary_dim, theta=theta, scaling=scaling)
     except (ArithmeticError, ValueError):
-        freq, attention_scale = np.full(1, np.inf, np.float32), math.inf
-    if not (np.isfinite(freq).all() and math.isfinite(attention_scale)):
+        pass
+    if rope is None or not all(np.isfinite(values).all() for values in rope if values is not None):
         raise ModelFileError(
             f"rope_theta {theta:g} and rope_scaling {reprlib.repr(scaling)} give no finite "
             "frequencies"
         )
-    return freq, attention_scale
+    return rope
 
 
-def _frequencies(
-    *, head_dim: int, theta: float, scaling: Mapping[str, Any] | None
-) -> tuple[NDArray[np.float32], float]:
-    plain = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+def _rope(*, rotary_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> Rope:
+    plain = theta ** (-np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
     kind = scaling["rope_type"] if scaling else "default"
     attention_scale = 1.0
     if scaling is None or kind in ("default", "dynamic"):
@@ -142,20 +170,40 @@ def _frequencies(
     elif kind == "linear":
         freq = plain / scaling["factor"]
     elif kind == "factors":
-        factors = np.asarray(scaling["factors"], dtype=np.float64)
-        if factors.shape != plain.shape:
-            raise ModelFileError(
-                f"rope_scaling: factors must hold {plain.size} numbers, found {factors.size}"
-            )
-        freq = plain / factors
+        freq = plain / _factors(scaling, "factors", plain.size)
+    elif kind == "longrope":
+        return _longrope(plain, scaling)
     elif kind == "llama3":
         freq = _llama3(plain, scaling)
     elif kind == "yarn":
-        freq = _yarn(plain, scaling, head_dim=head_dim, theta=theta)
+        freq = _yarn(plain, scaling, rotary_dim=rotary_dim, theta=theta)
         attention_scale = _yarn_attention_scale(scaling)
     else:
         raise UnsupportedError(f"rope type {kind!r} is not supported ({', '.join(ROPE_TYPES)})")
-    return freq.astype(np.float32), attention_scale
+    return Rope(freq.astype(np.float32), attention_scale)
+
+
+def _factors(scaling: Mapping[str, Any], key: str, size: int) -> NDArray[np.float64]:
+    factors = np.asarray(scaling[key], dtype=np.float64)
+    if factors.shape != (size,):
+        raise ModelFileError(f"rope_scaling: {key} must hold {size} numbers, found {factors.size}")
+    return factors
+
+
+def _longrope(plain: NDArray[np.float64], scaling: Mapping[str, Any]) -> Rope:
+    """Frequencies are divided by one list of factors, in long contexts by another."""
+    short, long = (_factors(scaling, f"{name}_factor", plain.size) for name in ("short", "long"))
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+    attention_scale = scaling.get("attention_factor")
+    if attention_scale is None:
+        grown = math.log(factor) / math.log(original) if factor > 1 else 0.0
+        attention_scale = math.sqrt(1 + grown)
+    return Rope(
+        (plain / short).astype(np.float32),
+        float(attention_scale),
+        (plain / long).astype(np.float32),
+        original,
+    )
 
 
 def _llama3(plain: NDArray[np.float64], scaling: Mapping[str, Any]) -> NDArray[np.float64]:
@@ -167,20 +215,20 @@ def _llama3(plain: NDArray[np.float64], scaling: Mapping[str, Any]) -> NDArray[n
 
 
 def _yarn(
-    plain: NDArray[np.float64], scaling: Mapping[str, Any], *, head_dim: int, theta: float
+    plain: NDArray[np.float64], scaling: Mapping[str, Any], *, rotary_dim: int, theta: float
 ) -> NDArray[np.float64]:
     """Blend by index: fast dimensions keep their frequency, slow ones are divided by ``factor``."""
     original = scaling["original_max_position_embeddings"]
 
     def index_of(turns: float) -> float:
         """The (real) index of the dimension that makes this many turns in the original context."""
-        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return rotary_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low = index_of(scaling.get("beta_fast", 32.0))
     high = index_of(scaling.get("beta_slow", 1.0))
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
     if low == high:
         high += 0.001
     slow = np.clip((np.arange(plain.size) - low) / (high - low), 0.0, 1.0)

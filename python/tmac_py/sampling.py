@@ -1,27 +1,35 @@
-"""From the logits of one position to the next token, in NumPy.
+"""From the logits of one position to the next token.
 
-The order is llama.cpp's: penalties, top-k, top-p, min-p, temperature. top-p and min-p therefore
-look at the model's own probabilities, and temperature only decides among the tokens they leave.
+The order is llama.cpp's: bias, penalties, top-k, top-p, min-p, temperature. top-p and min-p
+therefore look at the model's own probabilities, and temperature only decides among the tokens they
+leave. The arithmetic is the core's (csrc/model/sampler.h).
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tmac_py import _core
 from tmac_py.checks import check_real, check_whole
-from tmac_py.errors import TmacError
+from tmac_py.errors import OptionError, TmacError
 
 Logits = NDArray[np.float32]
-Ids = NDArray[np.intp]
+Ids = NDArray[np.int32]
+Shares = NDArray[np.float64]
 
-_GROUPS = 64
-"""Rows of the grid as which ``_top_k`` looks at the scores."""
+LogitsProcessor = Callable[[Ids, Logits], Logits | None]
+"""Called before every token with the ids of prompt and answer so far, int32 [n], and the logits,
+float32 [vocab], which it may change in place; or it returns others of that shape."""
+
+
+_MAX_ID = 2**31 - 1
+_MAX_BIAS = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,7 @@ class SamplingParams:
             at those a given KV cache already held); 0 = none, -1 = all.
         presence_penalty: subtracted once from the logit of every recent token; 0 = off.
         frequency_penalty: subtracted for each time a recent token occurs; 0 = off.
+        logit_bias: added to the logits of these token ids; -inf forbids a token.
         seed: the same seed gives the same tokens; None draws one.
 
     Raises:
@@ -52,6 +61,7 @@ class SamplingParams:
     repeat_last_n: int = 64
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -65,6 +75,7 @@ class SamplingParams:
         check_whole("repeat_last_n", self.repeat_last_n, -1, note=" (0 = off, -1 = all tokens)")
         for name in ("presence_penalty", "frequency_penalty"):
             check_real(name, getattr(self, name), -inf, inf, "a finite number (0 = off)")
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
         if self.seed is not None:
             check_whole("seed", self.seed, 0, note=", or None for a random one")
 
@@ -75,6 +86,33 @@ class SamplingParams:
         return changed and self.repeat_last_n != 0
 
 
+def _checked_bias(bias: Mapping[int, float]) -> dict[int, float]:
+    """A copy with plain numbers."""
+    if not isinstance(bias, Mapping):
+        raise OptionError(f"logit_bias is {bias!r}; allowed: a mapping of token ids to numbers")
+    checked = {}
+    for token, value in bias.items():
+        token_id = check_whole("a token id of logit_bias", token, 0, _MAX_ID)
+        if value != -math.inf:
+            allowed = "a finite number, or -inf to forbid the token"
+            check_real(f"logit_bias of token {token_id}", value, -_MAX_BIAS, _MAX_BIAS, allowed)
+        checked[token_id] = float(value)
+    return checked
+
+
+def check_processors(
+    processors: LogitsProcessor | Sequence[LogitsProcessor],
+) -> tuple[LogitsProcessor, ...]:
+    """One or several processors as a tuple; OptionError for what cannot be called."""
+    if callable(processors):
+        return (processors,)
+    if not isinstance(processors, Sequence) or not all(map(callable, processors)):
+        raise OptionError(
+            f"logits_processor is {processors!r}; allowed: a function or a sequence of functions"
+        )
+    return tuple(processors)
+
+
 def new_seed() -> int:
     """A random seed of 32 bits."""
     return secrets.randbits(32)
@@ -83,119 +121,130 @@ def new_seed() -> int:
 class Sampler:
     """Chooses tokens one after another. Holds the random state: one instance for one generation.
 
+    The same seed, logits and history give the same token on every machine.
+
     Attributes:
         params: the parameters.
         seed: the seed in use, drawn when ``params.seed`` is None.
     """
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, processors: Iterable[LogitsProcessor] = ()) -> None:
+        """With functions that change the logits of every position before all else, in order."""
         self.params = params
         self.seed = new_seed() if params.seed is None else params.seed
-        self._random = np.random.Generator(np.random.PCG64(self.seed))
+        self._processors = tuple(processors)
+        random = np.random.PCG64(self.seed).state["state"]
+        self._core = _core.Sampler(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            repeat_penalty=params.repeat_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=list(params.logit_bias.items()),
+            state=divmod(random["state"], 1 << 64),
+            increment=divmod(random["inc"], 1 << 64),
+        )
 
     def sample(self, logits: Logits, history: Sequence[int] = ()) -> tuple[int, float]:
         """The next token.
 
         Args:
             logits: float32 [vocab], not changed; -inf forbids a token.
-            history: ids of prompt and answer so far, oldest first, for the penalties.
+            history: ids of prompt and answer so far, oldest first, for penalties and processors.
 
         Returns:
-            The id and its log probability under the model's own logits (before penalties and
-            temperature).
+            The id and its log probability under the model's own logits (before processors, bias,
+            penalties and temperature).
 
         Raises:
+            OptionError: a processor returns no logits, or a bias is outside the vocabulary.
             TmacError: there is NaN or +inf among the logits, or no token is allowed.
         """
-        best = int(logits.argmax())
-        peak = float(logits[best])  # argmax stops at a NaN, so this one value shows them all
-        if not math.isfinite(peak):
-            raise TmacError(
-                f"the model returned no usable logits (token {best} has {peak}); "
-                "the model file may hold values that are not finite"
-            )
-        params = self.params
-        scores = _penalised(logits, history, params) if params.has_penalties else logits
-        if params.temperature == 0.0:
-            chosen = int(scores.argmax())
-        else:
-            chosen = self._draw(*_candidates(scores, params))
-        total = float(np.exp(logits - np.float32(peak)).sum())
-        return chosen, float(logits[chosen]) - peak - math.log(total)
+        scores = self._processed(logits, history)
+        try:
+            token, logprob = self._core.sample(scores, self._recent(history))
+            if scores is not logits:
+                logprob = _core.log_probability(logits, token)
+        except ValueError as error:
+            raise TmacError(str(error)) from error
+        return token, logprob
 
-    def _draw(self, ids: Ids, scores: Logits) -> int:
-        """One of ``ids``, by the softmax of ``scores`` at the temperature."""
-        with np.errstate(over="ignore"):  # a tiny temperature makes every other token impossible
-            exponents = (scores - scores.max()).astype(np.float64) / self.params.temperature
-        cumulative = np.cumsum(np.exp(exponents))
-        at = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
-        return int(ids[min(int(at), len(ids) - 1)])
+    def probabilities(self, logits: Logits, history: Sequence[int] = ()) -> tuple[Ids, Shares]:
+        """What :meth:`sample` draws from: the tokens that may come next, and how likely each is.
+
+        Speculative decoding accepts the tokens of a draft by these. Arguments and errors as
+        :meth:`sample`.
+
+        Returns:
+            ids int32 [n] and probabilities float64 [n], which add up to 1; with temperature 0 the
+            one most likely token.
+        """
+        scores = self._processed(logits, history)
+        try:
+            return self._core.distribution(scores, self._recent(history))
+        except ValueError as error:
+            raise TmacError(str(error)) from error
+
+    def sample_from(self, ids: Ids, shares: Shares) -> int:
+        """One of ``ids`` [n], by ``shares`` float64 [n], which may have any sum above 0.
+
+        Raises:
+            TmacError: a share is negative or not finite, or all are 0.
+        """
+        try:
+            return int(ids[self._core.draw(shares)])
+        except ValueError as error:
+            raise TmacError(str(error)) from error
+
+    def random(self) -> float:
+        """The next random number in [0, 1)."""
+        return self._core.uniform()
+
+    def _recent(self, history: Sequence[int]) -> Sequence[int]:
+        """The ids that the penalties are for."""
+        if not self.params.has_penalties:
+            return ()
+        window = self.params.repeat_last_n
+        return history if window < 0 else history[-window:]
+
+    def _processed(self, logits: Logits, history: Sequence[int]) -> Logits:
+        """``logits`` after the processors, which work on a copy."""
+        if not self._processors:
+            return logits
+        ids = np.array(history, dtype=np.int32)
+        scores: Logits = logits.copy()
+        for processor in self._processors:
+            result = processor(ids, scores)
+            if result is None:
+                continue
+            array = np.asarray(result)
+            if array.shape != logits.shape or array.dtype.kind != "f":
+                raise OptionError(
+                    f"logits_processor returned {array.dtype} {list(array.shape)}; allowed: "
+                    f"logits float32 {list(logits.shape)}, or None after changing its argument"
+                )
+            scores = np.ascontiguousarray(array, dtype=np.float32)
+        return scores
 
 
-def _penalised(logits: Logits, history: Sequence[int], params: SamplingParams) -> Logits:
-    """A copy of the logits with the penalties for the tokens of ``history`` taken off."""
-    window = history if params.repeat_last_n < 0 else history[-params.repeat_last_n :]
-    ids, counts = np.unique(np.asarray(window, dtype=np.intp), return_counts=True)
-    scores = np.array(logits)
-    seen = scores[ids]
-    factor = np.float32(params.repeat_penalty)
-    seen = np.where(seen > 0, seen / factor, seen * factor)
-    taken = counts * params.frequency_penalty + params.presence_penalty
-    scores[ids] = seen - taken.astype(np.float32)
-    return scores
+def top_logprobs(logits: Logits, n: int) -> list[tuple[int, float]]:
+    """The ``n`` most likely tokens of one position, with their log probabilities.
 
+    Args:
+        logits: float32 [vocab].
+        n: how many; at most the vocabulary.
 
-def _candidates(scores: Logits, params: SamplingParams) -> tuple[Ids, Logits]:
-    """Ids that top-k, top-p and min-p leave, with their scores; the most likely is always one.
+    Returns:
+        (id, log probability), the most likely first, of equal ones the lowest id.
 
-    Each of the three keeps some number of the most likely tokens, so they may be applied in any
-    order, as long as top-p counts its share of all that top-k left.
+    Raises:
+        OptionError: ``n`` is below 1.
+        TmacError: there is NaN or +inf among the logits.
     """
-    n = len(scores)
-    ids = _top_k(scores, params.top_k or n)
-    kept = scores[ids] if len(ids) < n else scores
-    peak = kept.max()
-    total = float(np.exp(kept - peak).sum(dtype=np.float64)) if params.top_p < 1.0 else 0.0
-    if params.min_p > 0.0:
-        likely = np.flatnonzero(kept >= peak + np.float32(math.log(params.min_p)))
-        ids, kept = ids[likely], kept[likely]
-    if params.top_p < 1.0:
-        nucleus = _top_p(kept, params.top_p * total)
-        ids, kept = ids[nucleus], kept[nucleus]
-    return ids, kept
-
-
-def _top_p(scores: Logits, mass: float) -> Ids:
-    """The fewest of the largest scores whose ``exp(score - max)`` sum up to ``mass``, else all.
-
-    Few usually do, so sorting all of a vocabulary is the last thing tried.
-    """
-    n = len(scores)
-    for count in (512, 4096, n):
-        ids = _top_k(scores, count)
-        ids = ids[np.argsort(-scores[ids], kind="stable")]
-        kept = scores[ids].astype(np.float64)
-        cumulative = np.cumsum(np.exp(kept - kept[0]))
-        if cumulative[-1] >= mass or count >= n:
-            break
-    return ids[: int(np.searchsorted(cumulative, mass)) + 1]
-
-
-def _top_k(scores: Logits, k: int) -> Ids:
-    """Ids of the ``k`` largest scores in rising order of id; equal scores count from the lowest id.
-
-    With the scores as a grid, k columns reach the k-th largest column maximum: it bounds the k-th
-    largest score from below, only a handful lies above, and nothing needs to be partitioned.
-    """
-    n = len(scores)
-    if k >= n:
-        return np.arange(n, dtype=np.intp)
-    columns = n // _GROUPS
-    if k <= columns:
-        maxima = scores[: columns * _GROUPS].reshape(_GROUPS, columns).max(axis=0)
-        bound = np.partition(maxima, columns - k)[columns - k]
-    else:
-        bound = np.partition(scores, n - k)[n - k]
-    ids = np.flatnonzero(scores >= bound)
-    order = np.argsort(-scores[ids], kind="stable")[:k]
-    return np.sort(ids[order])
+    check_whole("n", n, 1)
+    try:
+        return _core.most_likely(logits, n)
+    except ValueError as error:
+        raise TmacError(str(error)) from error

@@ -7,7 +7,7 @@ The modules are those of transformers.integrations.bitnet (`BitLinear`, `AutoBit
 packs, unpacks and multiplies. A file holds the folder, the matrices as these modules have them
 ("w.<name>", dequantised in float64 where they divide), and two kinds of float32 logits: plain ones,
 and "logits_rounded" with the decoder's documented roundings in place: keys and values in fp16, and
-the inputs of lm_head in 8 bits per token. Positions are "settled" as make_tiny_models.py has it:
+the inputs of lm_head in 14 bits. Positions are "settled" as make_tiny_models.py has it:
 round-off moves none of the roundings they hang on. Embeddings and lm_head are such that 8 bits hold
 them exactly.
 """
@@ -156,7 +156,7 @@ def dequantised(model: PreTrainedModel) -> dict[str, NDArray[np.float32]]:
 
 @contextmanager
 def rounded(model: PreTrainedModel, noise: np.random.Generator | None = None) -> Iterator[None]:
-    """Within: lm_head by `exact8` tables, keys and values in fp16; and inputs with round-off."""
+    """Within: lm_head by `exact` tables, keys and values in fp16; and inputs with round-off."""
     module = sys.modules[type(model).__module__]
     attend: Callable[..., Any] = module.eager_attention_forward
 
@@ -173,7 +173,7 @@ def rounded(model: PreTrainedModel, noise: np.random.Generator | None = None) ->
         stack.enter_context(patch.object(module, "eager_attention_forward", attend_to_halves))
         head = quantize_rtn(model.lm_head.weight.detach().numpy(), bits=8, group_size=HEAD_GROUP)
         assert np.array_equal(head.dequantize(), model.lm_head.weight.detach().numpy())
-        product = partial(table_product, head, "exact8", noise)
+        product = partial(table_product, head, "exact", noise)
         stack.enter_context(patch.object(model.lm_head, "forward", product))
         for linear in model.modules():
             if noise is not None and isinstance(linear, BitLinear | AutoBitLinear):

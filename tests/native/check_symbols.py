@@ -1,4 +1,6 @@
-"""check_symbols.py BUILD_FOLDER [NM]: the object of each ISA defines one symbol for the linker.
+"""check_symbols.py BUILD_FOLDER [NM]: each object of an ISA defines one symbol for the linker.
+
+The products are kKernels_ISA, the float work is kVectorKernels_ISA.
 
 Anything else, an inline function of the standard library for example, would be compiled with the
 flags of that ISA, and the linker could pick it for code that has to run on any CPU.
@@ -9,6 +11,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+
+TABLES = {"isa": "kKernels", "vector_isa": "kVectorKernels"}
+"""What each source that is compiled for every ISA defines."""
 
 
 def defined_symbols(path: Path, nm: str) -> list[str]:
@@ -27,8 +32,9 @@ def main() -> int:
         isa = next(p for p in path.parts if p.startswith("tmac_isa_"))
         isa = isa.removeprefix("tmac_isa_").removesuffix(".dir")
         symbols = defined_symbols(path, nm)
-        if len(symbols) != 1 or f"kKernels_{isa}" not in symbols[0]:
-            failures.append(f"{isa}: the only symbol must be kKernels_{isa}, not {symbols}")
+        table = f"{TABLES[path.name.partition('.')[0]]}_{isa}"
+        if len(symbols) != 1 or table not in symbols[0]:
+            failures.append(f"{path.name}: the only symbol must be {table}, not {symbols}")
     print("\n".join(failures) or f"{len(objects)} objects, one symbol each")
     return 1 if failures else 0
 

@@ -1,4 +1,4 @@
-"""``tmac convert``: a GGUF file or a Hugging Face folder becomes a .lut file."""
+"""``tmac convert``: a checkpoint, on the disk or on the Hugging Face hub, becomes a .lut file."""
 
 from __future__ import annotations
 
@@ -27,12 +27,24 @@ METHODS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``tmac convert``."""
-    parser.add_argument("source", metavar="SOURCE", help="GGUF file or Hugging Face folder")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="GGUF file, Hugging Face folder, or ORG/NAME on the Hugging Face hub: "
+        "ORG/NAME@REVISION for another revision, ORG/NAME:Q4_K_M or :FILE for one of several GGUF "
+        "files (HF_HUB_OFFLINE=1: only what was fetched before)",
+    )
     parser.add_argument("out", metavar="OUT.lut", nargs="?", help="file to write")
     parser.add_argument(
         "-o", "--outfile", metavar="OUT.lut", help="file to write, for those who prefer an option"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT.lut if it exists")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="afterwards read SOURCE and OUT.lut once more and compare all matrices, vectors, "
+        "settings and tokenizer files; where OUT.lut exists and --force is not given, only this",
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     dense = parser.add_argument_group(
         "quantisation", "of matrices that SOURCE stores as floats; codes it stores are always kept"
@@ -75,6 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="store an offset per group (default: below 8 bits; hqq and bcq: always)",
     )
     dense.add_argument(
+        "--act-order",
+        action="store_true",
+        default=None,
+        help="gptq and bcq: group columns by the size of their activations and store their order "
+        "(docs/quantizers.md has what it gains)",
+    )
+    dense.add_argument(
         "--calibration",
         metavar="FILE",
         help="text in UTF-8 for bcq, gptq, awq and --target-bpw, like what the model will read "
@@ -100,10 +119,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Convert; messages go to stderr. Returns the exit status, raises TmacError or OSError."""
     out = _out_path(args)
+    only_verify = args.verify and out.exists() and not args.force
+    if not only_verify:
+        seconds = _convert(args, out, verify=False)
+        if not args.quiet:
+            print(f"{_summary(out)}, {seconds:.1f} s", file=sys.stderr)
+    if args.verify:
+        seconds = _convert(args, out, verify=True)
+        if not args.quiet:
+            print(f"{out}: equal to {args.source}, {seconds:.1f} s", file=sys.stderr)
+    return 0
+
+
+def _convert(args: argparse.Namespace, out: Path, *, verify: bool) -> float:
+    """Convert, or compare; the seconds it took."""
     from tmac_py.converters import convert
 
     start = time.perf_counter()
-    with _Progress(quiet=args.quiet) as progress:
+    with _Progress("Verifying" if verify else "Converting", quiet=args.quiet) as progress:
         convert(
             args.source,
             out,
@@ -113,18 +146,17 @@ def execute(args: argparse.Namespace) -> int:
             head_bits=args.head_bits,
             group_size=args.group_size,
             asym=args.asym,
+            act_order=args.act_order,
             requantize=args.requantize,
             lora=args.lora,
             target_bpw=args.target_bpw,
             calibration=args.calibration,
             calibration_tokens=args.calibration_tokens,
-            progress=progress,
-            warn=progress.warn,
+            verify=verify,
+            progress=None if args.quiet else progress,
+            warn=None if verify else progress.warn,
         )
-    if not args.quiet:
-        seconds = time.perf_counter() - start
-        print(f"{_summary(out)}, {seconds:.1f} s", file=sys.stderr)
-    return 0
+    return time.perf_counter() - start
 
 
 def _pattern_bits(text: str) -> tuple[str, int]:
@@ -145,8 +177,8 @@ def _out_path(args: argparse.Namespace) -> Path:
         raise TmacError(f"{out}: is the source itself")
     if out.exists() and not out.is_file():
         raise TmacError(f"{out}: is not a regular file; the name of a .lut file is needed")
-    if out.exists() and not args.force:
-        raise TmacError(f"{out}: exists already; --force replaces it")
+    if out.exists() and not (args.force or args.verify):
+        raise TmacError(f"{out}: exists already; --force replaces it, --verify compares it")
     if not out.absolute().parent.is_dir():
         raise TmacError(f"{out}: the folder {out.absolute().parent} does not exist")
     return out
@@ -165,7 +197,8 @@ def _summary(out: Path) -> str:
 class _Progress:
     """A bar over all weights, on a terminal; a call moves it."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, title: str, *, quiet: bool) -> None:
+        self._title = title
         self._quiet = quiet
         self._bar: tqdm[NoReturn] | None = None
 
@@ -173,7 +206,7 @@ class _Progress:
         if self._quiet or not sys.stderr.isatty():
             return
         if self._bar is None:
-            self._bar = tqdm(desc="Converting", total=total, unit="w", unit_scale=True, leave=False)
+            self._bar = tqdm(desc=self._title, total=total, unit="w", unit_scale=True, leave=False)
         self._bar.set_postfix_str(name, refresh=False)
         self._bar.update(done - self._bar.n)
 

@@ -47,9 +47,12 @@ COMMANDS = (
     ),
     Command(
         "convert",
-        "convert a GGUF file or a Hugging Face folder to a .lut file",
+        "convert a GGUF file, a Hugging Face folder or one on the hub to a .lut file",
         (
             "tmac convert model.Q4_1.gguf model.lut",
+            "tmac convert HuggingFaceTB/SmolLM2-135M-Instruct model.lut --bits 4",
+            "tmac convert someone/SmolLM2-135M-GGUF:Q4_K_M model.lut",
+            "tmac convert ./SmolLM2-135M-Instruct-GPTQ model.lut --verify",
             "tmac convert ./SmolLM2-135M-Instruct model.lut --bits 4 --group-size 64",
             "tmac convert ./SmolLM2-135M-Instruct model.lut --quant rtn --bits 8 --no-asym",
             "tmac convert ./SmolLM2-135M-Instruct model.lut --quant mse --bits-for down_proj=6",
@@ -57,6 +60,16 @@ COMMANDS = (
             "tmac convert ./SmolLM2-135M-Instruct model.lut --quant bcq --bits 2 --group-size 64",
             "tmac convert ./SmolLM2-135M-Instruct model.lut --quant gptq --target-bpw 4.5",
             "tmac convert ./SmolLM2-135M-Instruct model.lut --quant awq --calibration-tokens 2048",
+        ),
+    ),
+    Command(
+        "bench",
+        "measure how fast a model runs, beside what the machine allows",
+        (
+            "tmac bench",
+            "tmac bench -m model.lut -p 512 -n 128 -t 1,2,4",
+            "tmac bench --synthetic llama-2-7b:2bit -p 0 -d 0,2048",
+            "tmac bench -m model.lut -r 10 -o json > before.json",
         ),
     ),
     Command(
@@ -91,6 +104,11 @@ def run(argv: Sequence[str] | None = None) -> int:
 def convert(argv: Sequence[str] | None = None) -> int:
     """``tmac-convert``, short for ``tmac convert``. Returns the exit status."""
     return _single("convert", argv)
+
+
+def bench(argv: Sequence[str] | None = None) -> int:
+    """``tmac-bench``, short for ``tmac bench``. Returns the exit status."""
+    return _single("bench", argv)
 
 
 def inspect(argv: Sequence[str] | None = None) -> int:

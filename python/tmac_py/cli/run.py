@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -57,6 +58,13 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of context, prompt and answer together (0 = what they need, within what the "
         "model allows)",
+    )
+    group.add_argument(
+        "--kv",
+        default="f16",
+        metavar="TYPE",
+        help="how the context is stored: f16, int8 or int4, or keys and values apart as in "
+        "int8/int4 (default: f16)",
     )
     group.add_argument(
         "--tables",
@@ -116,31 +124,54 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature",
         dest="temperature",
         type=float,
-        default=0.8,
         metavar="T",
-        help="randomness; 0 always takes the most likely token (default: 0.8)",
+        help="randomness; 0 always takes the most likely token (default: the model's, else 0.8)",
     )
     for name, kind, default, text in (
-        ("top-k", int, 40, "choose among the N most likely tokens (0 = all)"),
-        ("top-p", float, 0.95, "choose among the likeliest tokens that make up N (1 = all)"),
+        ("top-k", int, "the model's, else 40", "choose among the N most likely tokens (0 = all)"),
+        (
+            "top-p",
+            float,
+            "the model's, else 0.95",
+            "choose among the likeliest tokens that make up N (1 = all)",
+        ),
         (
             "min-p",
             float,
-            0.05,
+            "the model's, else 0.05",
             "drop tokens below N times the likeliest one's probability (0 = off)",
         ),
-        ("repeat-penalty", float, 1.0, "make recent tokens less likely (1 = off)"),
-        ("repeat-last-n", int, 64, "tokens the penalties look back at (0 = none, -1 = all)"),
-        ("presence-penalty", float, 0.0, "taken off the logit of every recent token (0 = off)"),
-        ("frequency-penalty", float, 0.0, "the same for each time it occurs (0 = off)"),
+        (
+            "repeat-penalty",
+            float,
+            "the model's, else 1",
+            "make recent tokens less likely (1 = off)",
+        ),
+        (
+            "repeat-last-n",
+            int,
+            "64, or -1 if the model has a penalty",
+            "tokens the penalties look back at (0 = none, -1 = all)",
+        ),
+        ("presence-penalty", float, "0", "taken off the logit of every recent token (0 = off)"),
+        ("frequency-penalty", float, "0", "the same for each time it occurs (0 = off)"),
     ):
         group.add_argument(
             f"--{name}",
             type=kind,
-            default=default,
             metavar="N",
             help=f"{text} (default: {default})",
         )
+    group.add_argument(
+        "-l",
+        "--logit-bias",
+        type=_logit_bias,
+        action="append",
+        default=[],
+        metavar="ID(+|-)VALUE",
+        help="add to the logit of a token, as 15043+1 or 15043-1; 15043-inf forbids it; may be "
+        "given several times",
+    )
     group.add_argument(
         "-s",
         "--seed",
@@ -179,6 +210,7 @@ def execute(args: argparse.Namespace) -> int:
             ids,
             max_tokens=args.max_tokens,
             n_ctx=args.ctx_size,
+            kv=args.kv,
             stop=args.stop,
             trim_space=chat,
             progress=answer.prefilled,
@@ -255,10 +287,12 @@ def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "repeat_last_n": args.repeat_last_n,
         "presence_penalty": args.presence_penalty,
         "frequency_penalty": args.frequency_penalty,
+        "logit_bias": dict(args.logit_bias),
         "seed": new_seed() if args.seed < 0 else args.seed,
     }
-    SamplingParams(**options)
-    return options
+    given = {name: value for name, value in options.items() if value is not None}
+    SamplingParams(**given)
+    return given
 
 
 def _prompt_ids(model: Model, prompt: str, args: argparse.Namespace) -> tuple[bool, list[int]]:
@@ -290,6 +324,16 @@ def _whole(low: int, high: int | None = None, *, unlimited: bool = False) -> Cal
             raise argparse.ArgumentTypeError(message) from None
 
     return parse
+
+
+def _logit_bias(text: str) -> tuple[int, float]:
+    """An argparse type: token id and number of "15043+1.5"."""
+    found = re.fullmatch(r"(\d+)([+-](?:\d+\.?\d*|\.\d+|inf))", text)
+    if found is None or found[2] == "+inf":
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed; give a token id and what to add, as 15043+1 or 15043-inf"
+        )
+    return int(found[1]), float(found[2])
 
 
 def _stdout_is_utf8() -> bool:

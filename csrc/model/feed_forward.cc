@@ -1,0 +1,49 @@
+// The part of a layer that works on each token by itself.
+#include <algorithm>
+
+#include "model/pass.h"
+
+namespace tmac {
+
+// x += down . (act(gate . y) * (up . y)) with y = norm(x), and the biases and norms there are.
+void Decoder::Pass::feed_forward(const LayerWeights& w, const LayerPlans& plans) {
+  norm_into_inputs(a.x.data(), w.feed_forward_norm, hidden, plans.gate_up, a.inputs);
+  const int64_t width = w.gate.spec.m;
+  const bool build_now = w.ffn_sub_norm == nullptr && a.down_inputs.builds_early(plans.down, n);
+  // As many tiles as make what is built at once of the next product's input.
+  static_assert(kRowRegionsWeights % (kTilesAtOnce * kTileRows) == 0);
+  const int64_t at_once = build_now ? weights_at_once(n) / kTileRows : tiles_at_once(n);
+  for_tiles(team, w.gate.spec.n_tiles(), at_once, [&](int64_t begin, int64_t end) {
+    const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, width);
+    multiply_tiles(team, w.gate, a.inputs, plans.gate_up, 0, n, begin, end, a.gate.data(), width);
+    add_bias(w.gate_bias, n, row, row_end, a.gate.data(), width);
+    multiply_tiles(team, w.up, a.inputs, plans.gate_up, 1, n, begin, end, a.up.data(), width);
+    add_bias(w.up_bias, n, row, row_end, a.up.data(), width);
+    for (int64_t t = 0; t < n; ++t) {
+      activate(a.gate.data() + t * width + row, a.up.data() + t * width + row, row_end - row);
+      if (build_now) {
+        a.down_inputs.build_weights(plans.down, n, t, row, row_end, a.gate.data() + t * width);
+      }
+    }
+  });
+  if (w.ffn_sub_norm != nullptr) {
+    norm_into_inputs(a.gate.data(), w.ffn_sub_norm, width, plans.down, a.down_inputs);
+  } else if (!build_now) {
+    a.down_inputs.build_all(team, plans.down, n, a.gate.data(), width);
+  }
+  multiply_add(w.down, w.down_bias, w.feed_forward_out_norm, a.down_inputs, plans.down);
+}
+
+// gate[i] = act(gate[i]) * up[i]
+void Decoder::Pass::activate(float* gate, const float* up, int64_t size) const {
+  switch (config.activation) {
+    case Activation::kGeluTanh:
+      return isa.gelu_tanh_multiply(gate, up, size);
+    case Activation::kRelu2:
+      return isa.relu2_multiply(gate, up, size);
+    default:
+      return isa.silu_multiply(gate, up, size);
+  }
+}
+
+}  // namespace tmac
