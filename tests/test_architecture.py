@@ -56,6 +56,7 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
         "tmac_py.sessionfile",
         "tmac_py.speculative",
     ),
+    "server": ("tmac_py.server",),
     "cli": ("tmac_py.cli", "tmac_py.__main__"),
 }
 """Modules of each layer, lowest first; a package stands for everything in it but `tmac_py`."""
