@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,7 +222,7 @@ def test_the_queue_takes_turns() -> None:
 
 
 def test_an_error_in_one_request_stays_there(model: Model) -> None:
-    def fails(ids: np.ndarray, logits: Logits) -> None:
+    def fails(ids: np.ndarray, _: Logits) -> None:
         if len(ids) == 8:
             raise RuntimeError("a processor's fault")
 
