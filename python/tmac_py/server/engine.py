@@ -87,7 +87,7 @@ class Engine:
         self.counters = Counters()
         self._chunk = check_whole("chunk", chunk, 1)
         self._max_queue = check_whole("max_queue", max_queue, 0)
-        self._slots = [Slot(model.new_cache(n_ctx, kv)) for _ in range(parallel)]
+        self._slots = [Slot(model.new_cache(n_ctx, kv), chunk) for _ in range(parallel)]
         self.n_ctx = self._slots[0].cache.n_ctx
         self._queue: FairQueue[Job] = FairQueue()
         self._lock = threading.Condition()
@@ -205,7 +205,7 @@ class Engine:
             idle = [slot for slot in self._slots if slot.job is None]
             while idle and self._queue:
                 job = self._queue.pop()
-                slot = choose_slot(idle, job)
+                slot = choose_slot(idle, job.request)
                 job.turn = next(self._turns)
                 slot.take(job, job.turn)
                 idle.remove(slot)
@@ -229,7 +229,7 @@ class Engine:
             return
         self._count_work(sum(len(ids) for _, ids in parts), perf_counter() - started, decode)
         for (slot, ids), row in zip(parts, rows, strict=True):
-            slot.held.extend(ids.tolist())
+            slot.grow(ids)
             job = slot.job
             if job is None or job.cancelled or len(slot.held) < len(job.text):
                 continue

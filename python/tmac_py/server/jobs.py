@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tmac_py.decoding import Ids, Logits
 from tmac_py.errors import TmacError
@@ -15,6 +15,9 @@ from tmac_py.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
     from tmac_py.model import Model
+
+
+Reuse = Literal["any", "same bits", "none"]
 
 
 class CancelledError(TmacError):
@@ -36,8 +39,9 @@ class Request:
         stop: strings that end the answer and are not shown.
         top_logprobs: alternatives to report for each token.
         trim_space: drop the space with which SentencePiece vocabularies begin an answer.
-        cache_prompt: take over what a slot holds of the prompt's beginning. Where that was computed
-            in other portions, the last bits of the logits may differ.
+        reuse: what may be taken over of a prompt's beginning that a slot holds: "any" of it, whose
+            last bits may differ where it was computed in other portions; only what has the "same
+            bits" as computed anew, so that equal requests get equal answers; or "none".
         client: requests of different clients take turns.
     """
 
@@ -47,7 +51,7 @@ class Request:
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
     trim_space: bool = False
-    cache_prompt: bool = True
+    reuse: Reuse = "any"
     client: str = ""
 
 

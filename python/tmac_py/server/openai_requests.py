@@ -25,7 +25,7 @@ from tmac_py.server.fields import (
     read_whole,
     refuse,
 )
-from tmac_py.server.jobs import Request
+from tmac_py.server.jobs import Request, Reuse
 
 MAX_STOP = 16
 MAX_TOP_LOGPROBS = 20
@@ -140,14 +140,15 @@ class RequestReader:
         refuse(body, n=(1,))
         options = read_object(body, "stream_options")
         processor = self._constraints.processor(body.get("response_format"), len(prompt))
+        sampler = self._sampler(body, [] if processor is None else [processor])
         request = Request(
             prompt=prompt,
-            sampler=self._sampler(body, [] if processor is None else [processor]),
+            sampler=sampler,
             max_tokens=self._limit(body),
             stop=_stop(body.get("stop")),
             top_logprobs=top_logprobs,
             trim_space=chat,
-            cache_prompt=read_flag(body, "cache_prompt", True),
+            reuse=_reuse(body, sampler.params),
             client=f"{client} {read_text(body, 'user', '')}",
         )
         return Asked(
@@ -202,6 +203,14 @@ class RequestReader:
                 raise invalid(f"logit_bias of token {token} is null", "logit_bias")
             checked[token] = -math.inf if number == -100 else number
         return checked
+
+
+def _reuse(body: Mapping[str, Any], params: SamplingParams) -> Reuse:
+    """What may be taken over of other prompts: for who asks for the same answer, the same bits."""
+    repeatable = params.seed is not None or params.temperature == 0
+    if body.get("cache_prompt") is None:
+        return "same bits" if repeatable else "any"
+    return "any" if read_flag(body, "cache_prompt") else "none"
 
 
 def _stop(stop: object) -> tuple[str, ...]:
