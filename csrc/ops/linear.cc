@@ -6,16 +6,17 @@
 namespace tmac {
 namespace {
 
-Kernels::MultiplyTile kernel_of(const LinearSpec& spec, int parts) {
+Kernels::MultiplyTile kernel_of(const LinearSpec& spec, Tables tables) {
   const Kernels& isa = kernels();
-  if (spec.ternary()) return isa.multiply_ternary_tile[parts - 1];
+  if (spec.ternary()) return isa.multiply_ternary_tile[static_cast<int>(tables)];
+  const int parts = table_parts(tables);
   if (spec.bcq()) return isa.multiply_bcq_tile[parts - 1][spec.bits - 1];
   return isa.multiply_tile[parts - 1][spec.bits - 1];
 }
 
 void look_up_tiles(const Linear& w, Inputs& inputs, int64_t first_region, int64_t n_tokens,
                    int64_t tile_begin, int64_t tile_end, float* y, int64_t stride) {
-  const auto multiply = kernel_of(w.spec, table_parts(inputs.tables()));
+  const auto multiply = kernel_of(w.spec, inputs.tables());
   LutView views[kTableTokens];
   for (int64_t t = 0; t < n_tokens; ++t) views[t] = inputs.luts().view(t, first_region);
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {

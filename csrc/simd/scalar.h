@@ -156,6 +156,7 @@ struct Scalar {
       for (int t = 0; t < kTernaryChunkTables; ++t) out[t] = static_cast<uint32_t>(m.v[t]);
     }
   };
+  using TritDots = void;
 
   static I zero_i() { return I{}; }
   template <int kShift>
