@@ -142,6 +142,10 @@ void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& 
   std::deque<KvCache::Use> in_use;
   for (const Sequence& sequence : batch) in_use.emplace_back(*sequence.cache);
   const std::vector<Token> tokens = check_batch(batch);
+  for (const Sequence& sequence : batch) {
+    KvCache& cache = *sequence.cache;
+    if (cache.pos() == 0) cache.set_long_rope(config_.turns_long(cache.n_ctx()));
+  }
   std::vector<int64_t> outputs;  // tokens whose logits are wanted
   int64_t n = 0, longest = 0;
   for (const Sequence& sequence : batch) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -33,6 +34,14 @@ struct DecoderConfig {
   float embedding_scale = 1;
   Activation activation = Activation::kSilu;
   std::vector<Rope> ropes;
+
+  // Whether texts that begin in a cache of that size are turned by long_inv_freq.
+  bool turns_long(int64_t n_ctx) const {
+    return std::any_of(ropes.begin(), ropes.end(), [&](const Rope& rope) {
+      return !rope.long_inv_freq.empty() && n_ctx > rope.original_context;
+    });
+  }
+
   Tables tables = Tables::kInt8;
   Tables head_tables = Tables::kInt8;  // of lm_head
 };

@@ -40,8 +40,7 @@ void Decoder::Pass::embed() {
       }
       for (size_t i = 0; i < config.ropes.size(); ++i) {
         const Rope& rope = config.ropes[i];
-        const bool is_long =
-            !rope.long_inv_freq.empty() && tokens[t].cache->n_ctx() > rope.original_context;
+        const bool is_long = !rope.long_inv_freq.empty() && tokens[t].cache->long_rope();
         const std::vector<float>& inv_freq = is_long ? rope.long_inv_freq : rope.inv_freq;
         rope_angles(tokens[t].pos, inv_freq.data(), half_rotary, rope.attention_scale,
                     a.cosines.data() + rope_at(i, t), a.sines.data() + rope_at(i, t));
