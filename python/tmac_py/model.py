@@ -188,6 +188,7 @@ class Model:
         ids: Sequence[ArrayLike],
         caches: Sequence[_core.KvCache],
         logits: Literal["last", "all"] = "last",
+        times: _core.StepTimes | None = None,
     ) -> list[Logits]:
         """Run several sequences through the model in one pass over the weights.
 
@@ -198,6 +199,7 @@ class Model:
             ids: for each sequence its next ids, at least one.
             caches: what came before, one for each sequence; each grows by its ids.
             logits: for the last id of each or for all.
+            times: adds up what the parts of the step take.
 
         Returns:
             for each sequence float32 [vocab] for "last", float32 [n, vocab] for "all".
@@ -220,7 +222,7 @@ class Model:
                     f"and {cache.pos} are in use"
                 )
         try:
-            out = self._open_decoder().forward(batch, self._pool, logits=logits)
+            out = self._open_decoder().forward(batch, self._pool, logits=logits, times=times)
         except ValueError as error:
             raise OptionError(str(error)) from error
         except RuntimeError as error:
