@@ -61,6 +61,7 @@ class Model:
         *,
         threads: int | None = None,
         tables: Tables | None = None,
+        chat_template: str | None = None,
     ) -> None:
         """Build from an open file, which the model then owns; :meth:`load` is the usual way."""
         self.path = path
@@ -71,7 +72,7 @@ class Model:
         self._tokenizer = Tokenizer(files, bos_id=file.config.bos_token_id) if files else None
         settings = self._tokenizer.config if self._tokenizer else {}
         self.sampling_defaults = load_defaults(files)
-        self._template_source = find_template(files, settings)
+        self._template_source = chat_template or find_template(files, settings)
         self._template: ChatTemplate | None = None
         self._pool = thread_pool(self.threads)
         self._decoder: _core.Decoder | None = build_decoder(file, self.tables)
@@ -85,6 +86,7 @@ class Model:
         threads: int | None = None,
         tables: Tables | None = None,
         check: bool = True,
+        chat_template: str | None = None,
     ) -> Model:
         """Open a .lut file.
 
@@ -97,6 +99,7 @@ class Model:
                 for models made for it, "int8" for others. With "exact8" an lm_head of such a model
                 that is not ternary gets "exact", as in its training.
             check: compare all tensors with their checksums first.
+            chat_template: the text of a jinja2 template in place of the one in the file.
 
         Raises:
             ModelFileError: the file is missing, damaged, or of another version.
@@ -107,7 +110,9 @@ class Model:
             check_tables(tables)
         file = LutFile.open(path, check=check)
         try:
-            return cls(file, Path(path), threads=threads, tables=tables)
+            return cls(
+                file, Path(path), threads=threads, tables=tables, chat_template=chat_template
+            )
         except BaseException:
             file.close()
             raise
