@@ -1,4 +1,4 @@
-"""Checkpoints used where a .lut is wanted: converted once, kept in the folder of converted models."""
+"""Checkpoints used in place of a .lut: converted once, kept in the cache folder."""
 
 from __future__ import annotations
 

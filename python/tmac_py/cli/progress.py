@@ -18,7 +18,7 @@ _LABELS = {
 
 
 class PhaseProgress:
-    """Shows the phases of making a model ready (tmac_py.modelcache.PHASES); call it as its ``progress``."""
+    """Shows the phases of tmac_py.modelcache.PHASES; call it as a ``progress``."""
 
     def __init__(self) -> None:
         self._phase = ""
