@@ -61,6 +61,7 @@ class Model:
         *,
         threads: int | None = None,
         tables: Tables | None = None,
+        chat_template: str | None = None,
     ) -> None:
         """Build from an open file, which the model then owns; :meth:`load` is the usual way."""
         self.path = path
@@ -70,6 +71,7 @@ class Model:
         files = file.tokenizer
         self._tokenizer = Tokenizer(files, bos_id=file.config.bos_token_id) if files else None
         self.sampling_defaults = load_defaults(files)
+        self._template_source = chat_template
         self._template: ChatTemplate | None = None
         self._pool = thread_pool(self.threads)
         self._decoder: _core.Decoder | None = build_decoder(file, self.tables)
@@ -83,6 +85,7 @@ class Model:
         threads: int | None = None,
         tables: Tables | None = None,
         check: bool = True,
+        chat_template: str | None = None,
     ) -> Model:
         """Open a .lut file.
 
@@ -95,6 +98,7 @@ class Model:
                 for models made for it, "int8" for others. With "exact8" an lm_head of such a model
                 that is not ternary gets "exact", as in its training.
             check: compare all tensors with their checksums first.
+            chat_template: the text of a jinja2 template in place of the one in the file.
 
         Raises:
             ModelFileError: the file is missing, damaged, or of another version.
@@ -105,7 +109,9 @@ class Model:
             check_tables(tables)
         file = LutFile.open(path, check=check)
         try:
-            return cls(file, Path(path), threads=threads, tables=tables)
+            return cls(
+                file, Path(path), threads=threads, tables=tables, chat_template=chat_template
+            )
         except BaseException:
             file.close()
             raise
@@ -123,7 +129,9 @@ class Model:
         if self._template is None and self._tokenizer is not None:
             from tmac_py.chat import ChatTemplate, find_template  # jinja2 takes a while to import
 
-            source = find_template(self.file.tokenizer, self._tokenizer.config)
+            source = self._template_source or find_template(
+                self.file.tokenizer, self._tokenizer.config
+            )
             names = {"bos_token": self.tokenizer.bos_token, "eos_token": self.tokenizer.eos_token}
             known = {name: token for name, token in names.items() if token is not None}
             self._template = None if source is None else ChatTemplate(source, known)

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from tmac_py.cli.models import DEFAULT_MODEL, resolve_model
+from tmac_py.cli.models import DEFAULT_MODEL, MODEL_HELP, resolve_model
 from tmac_py.errors import OptionError
 from tmac_py.spec import Tables
 
@@ -30,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODEL",
-        help=f"a .lut file, or the name of a model to fetch (default: {DEFAULT_MODEL}); may be "
-        "given several times",
+        help=f"{MODEL_HELP}; may be given several times",
     )
     parser.add_argument(
         "--synthetic",
