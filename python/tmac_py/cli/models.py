@@ -9,6 +9,14 @@ from tmac_py.errors import TmacError
 DEFAULT_MODEL = "smollm2-135m"
 
 
+def model_name(positional: str | None, option: str | None) -> str:
+    """The model that an argument or ``-m`` names, else the default; TmacError for two of them."""
+    given = {name for name in (positional, option) if name is not None}
+    if len(given) > 1:
+        raise TmacError(f"two models are given: {positional} and -m {option}")
+    return given.pop() if given else DEFAULT_MODEL
+
+
 def resolve_model(name: str, *, cache_dir: str | None, offline: bool, quiet: bool) -> Path:
     """The .lut file that ``name`` means: a path, or a model that is fetched into the cache.
 

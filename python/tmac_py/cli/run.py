@@ -6,12 +6,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from tmac_py.cli.models import DEFAULT_MODEL, resolve_model
+from tmac_py.cli.arguments import decode_text, whole_number
+from tmac_py.cli.models import DEFAULT_MODEL, model_name, resolve_model
 from tmac_py.errors import TmacError
 from tmac_py.machine import MAX_THREADS
 from tmac_py.spec import Tables
@@ -46,14 +46,14 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-t",
         "--threads",
-        type=_whole(1, MAX_THREADS),
+        type=whole_number(1, MAX_THREADS),
         metavar="N",
         help="threads to compute with (default: the performance cores that this process may use)",
     )
     group.add_argument(
         "-c",
         "--ctx-size",
-        type=_whole(0),
+        type=whole_number(0),
         default=0,
         metavar="N",
         help="tokens of context, prompt and answer together (0 = what they need, within what the "
@@ -113,7 +113,7 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens",
         "--predict",
         dest="max_tokens",
-        type=_whole(1, unlimited=True),
+        type=whole_number(1, unlimited=True),
         default=-1,
         metavar="N",
         help="the most tokens to generate (default: -1 = until the answer ends or the context is "
@@ -175,7 +175,7 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-s",
         "--seed",
-        type=_whole(0, unlimited=True),
+        type=whole_number(0, unlimited=True),
         default=-1,
         metavar="N",
         help="the same seed gives the same answer (default: -1 = a random one)",
@@ -193,7 +193,7 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Answer the prompt; returns the exit status: 0, or 130 after Ctrl-C."""
-    name = _model_name(args)
+    name = model_name(args.model, args.model_option)
     prompt = _read_prompt(args)
     sampling = _sampling_options(args)
     path = resolve_model(name, cache_dir=args.cache_dir, offline=args.offline, quiet=args.quiet)
@@ -235,13 +235,6 @@ def _show(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _model_name(args: argparse.Namespace) -> str:
-    given = {name for name in (args.model, args.model_option) if name is not None}
-    if len(given) > 1:
-        raise TmacError(f"two models are given: {args.model} and -m {args.model_option}")
-    return str(given.pop()) if given else DEFAULT_MODEL
-
-
 def _read_prompt(args: argparse.Namespace) -> str:
     """The prompt from -p, -f or standard input, the newline at the end of a file left out."""
     if args.system is not None and args.raw:
@@ -249,27 +242,16 @@ def _read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None and args.prompt != "-":
         text: str = args.prompt
     elif args.file is not None and args.file != "-":
-        text = _decode(Path(args.file).read_bytes(), args.file)
+        text = decode_text(Path(args.file).read_bytes(), args.file)
     elif sys.stdin is None or (args.prompt is None and args.file is None and sys.stdin.isatty()):
         raise TmacError("no prompt: give one with -p/--prompt, -f/--file or on standard input")
     else:
-        text = _decode(sys.stdin.buffer.read(), "standard input")
+        text = decode_text(sys.stdin.buffer.read(), "standard input")
     if not text.strip():
         raise TmacError(
             "the prompt is empty: give text with -p/--prompt, -f/--file or on standard input"
         )
     return text
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = data[error.start]
-        raise TmacError(
-            f"{where}: not UTF-8 text (byte 0x{byte:02x} at offset {error.start:,})"
-        ) from error
-    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -305,25 +287,6 @@ def _prompt_ids(model: Model, prompt: str, args: argparse.Namespace) -> tuple[bo
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
     return True, model.chat_prompt(messages)
-
-
-def _whole(low: int, high: int | None = None, *, unlimited: bool = False) -> Callable[[str], int]:
-    """An argparse type: a whole number from ``low`` to ``high``, and -1 if ``unlimited``."""
-    allowed = f"a whole number from {low} " + (f"to {high}" if high is not None else "up")
-    if unlimited:
-        allowed += ", or -1"
-
-    def parse(text: str) -> int:
-        from tmac_py.checks import check_whole
-
-        try:
-            value = int(text)
-            return value if unlimited and value == -1 else check_whole("", value, low, high)
-        except ValueError:
-            message = f"{text!r} is not allowed; give {allowed}"
-            raise argparse.ArgumentTypeError(message) from None
-
-    return parse
 
 
 def _logit_bias(text: str) -> tuple[int, float]:
