@@ -15,14 +15,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from tmac_py.decoding import PREFILL_CHUNK, prefill
+from tmac_py.decoding import PREFILL_CHUNK
 from tmac_py.errors import ModelFileError, OptionError
 from tmac_py.lutfile import LutFile
 from tmac_py.model import Model
 from tmac_py.tokenizer import Tokenizer
 
 ROWS = 32
-"""Positions whose log probabilities are in memory at once; divides PREFILL_CHUNK."""
+"""Positions whose log probabilities are computed at once."""
 
 Ids = NDArray[np.int32]
 Floats = NDArray[np.float64]
@@ -95,22 +95,47 @@ class LogProbs(Protocol):
 
 
 class ModelLogProbs:
-    """Those of a model, for chunks of up to ``size`` tokens; ``kv`` as for Model.new_cache."""
+    """Those of a model, for chunks of up to ``size`` tokens.
 
-    def __init__(self, model: Model, size: int, kv: str = "f16") -> None:
+    Args:
+        model: the model.
+        size: tokens.
+        kv: as for Model.new_cache.
+        batch: tokens of a chunk that go through the model at once. Up to 16 each token gets what
+            it gets in an answer, where tokens come one by one, bit for bit; above, it gets what the
+            tokens of a prompt do, which with "int8" tables are rounded otherwise (docs/kernels.md).
+    """
+
+    def __init__(
+        self, model: Model, size: int, kv: str = "f16", batch: int = PREFILL_CHUNK
+    ) -> None:
         self._model = model
+        self._batch = batch
         self._cache = model.new_cache(size, kv)
 
     def blocks(self, index: int, ids: Ids, first: int) -> Iterator[Floats]:  # noqa: ARG002
         """As LogProbs says; ``first`` is at least 1."""
         self._cache.truncate(0)
-        if first > 1:
-            prefill(self._model.forward, self._cache, ids[: first - 1])
-        given = ids[:-1]
-        for start in range(first - 1, len(given), PREFILL_CHUNK):
-            logits = self._model.forward(given[start : start + PREFILL_CHUNK], self._cache, "all")
-            for row in range(0, len(logits), ROWS):
-                yield log_softmax(logits[row : row + ROWS])
+        forward, cache = self._model.forward, self._cache
+        for part in slices(ids[: first - 1], self._batch):
+            forward(part, cache)
+        waiting: list[NDArray[np.float32]] = []
+        for part in slices(ids[first - 1 : -1], self._batch):
+            waiting.append(forward(part, cache, "all"))
+            if sum(map(len, waiting)) >= ROWS:
+                rows = np.concatenate(waiting)
+                whole = len(rows) // ROWS * ROWS
+                for row in range(0, whole, ROWS):
+                    yield log_softmax(rows[row : row + ROWS])
+                waiting = [rows[whole:]]
+        if rest := [rows for rows in waiting if len(rows)]:
+            yield log_softmax(np.concatenate(rest))
+
+
+def slices(ids: Ids, batch: int) -> Iterator[Ids]:
+    """``ids`` [n] in parts of up to ``batch``."""
+    for start in range(0, len(ids), batch):
+        yield ids[start : start + batch]
 
 
 def log_softmax(logits: NDArray[Any]) -> Floats:

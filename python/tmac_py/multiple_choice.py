@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from tmac_py.decoding import prefill
+from tmac_py.decoding import PREFILL_CHUNK
 from tmac_py.errors import ContextError, ModelFileError
-from tmac_py.evaluation import Estimate, log_softmax
+from tmac_py.evaluation import Estimate, log_softmax, slices
 from tmac_py.model import Model
 from tmac_py.tokenizer import Tokenizer
 
@@ -142,7 +142,7 @@ def _common(a: list[int], b: list[int]) -> int:
 
 
 class ChoiceScorer:
-    """Log likelihoods of choices, for prompts of up to ``size`` tokens.
+    """Log likelihoods of choices, for prompts of up to ``size`` tokens; arguments as ModelLogProbs.
 
     The question runs through the model once; each choice follows it in the same KV cache.
 
@@ -150,27 +150,32 @@ class ChoiceScorer:
         ContextError: the model's context is smaller.
     """
 
-    def __init__(self, model: Model, size: int, kv: str = "f16") -> None:
+    def __init__(
+        self, model: Model, size: int, kv: str = "f16", batch: int = PREFILL_CHUNK
+    ) -> None:
         if size > model.n_ctx:
             raise ContextError(
                 f"the longest question has {size} tokens, the model's context holds {model.n_ctx}"
             )
         self._model = model
+        self._batch = batch
         self._cache = model.new_cache(size, kv)
 
     def score(self, prompt: Prompt) -> list[float]:
         """The log likelihood of each choice."""
-        model, cache = self._model, self._cache
+        forward, cache = self._model.forward, self._cache
         cache.truncate(0)
-        shared = np.array(prompt.shared, np.int32)
-        start = log_softmax(prefill(model.forward, cache, shared))
+        for part in slices(np.array(prompt.shared, np.int32), self._batch):
+            last = forward(part, cache)
+        start = log_softmax(last)
         scores = []
         for ids in prompt.choices:
             score = float(start[ids[0]])
             if len(ids) > 1:
-                cache.truncate(len(shared))
-                rows = log_softmax(model.forward(ids[:-1], cache, "all"))
-                score += float(rows[np.arange(len(ids) - 1), ids[1:]].sum())
+                cache.truncate(len(prompt.shared))
+                given = slices(np.array(ids[:-1], np.int32), self._batch)
+                rows = np.concatenate([forward(part, cache, "all") for part in given])
+                score += float(log_softmax(rows)[np.arange(len(rows)), ids[1:]].sum())
             scores.append(score)
         return scores
 

@@ -35,7 +35,7 @@ class LogitsInfo:
         bos: token that takes the place of the first one of each chunk, or None.
         n_ctx, stride: how the text was cut, see Chunking.
         model, fingerprint: file name and checksum of the model.
-        tables, kv: how it ran.
+        tables, kv, batch: how it ran; ``batch`` as for ModelLogProbs.
     """
 
     text: str
@@ -46,6 +46,7 @@ class LogitsInfo:
     fingerprint: str
     tables: str
     kv: str
+    batch: int
 
     @property
     def chunking(self) -> Chunking:
@@ -210,6 +211,6 @@ def _check_head(path: Path, head: bytes, size: int) -> None:
 
 def _check_types(info: LogitsInfo) -> None:
     texts = (info.text, info.model, info.fingerprint, info.tables, info.kv)
-    numbers = (info.n_ctx, info.stride, *(() if info.bos is None else (info.bos,)))
+    numbers = (info.n_ctx, info.stride, info.batch, *(() if info.bos is None else (info.bos,)))
     if not all(isinstance(t, str) for t in texts) or not all(type(n) is int for n in numbers):
         raise ValueError("its description is broken")

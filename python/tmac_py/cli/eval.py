@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 from tmac_py.cli.arguments import whole_number
 from tmac_py.cli.models import DEFAULT_MODEL, model_name, resolve_model
+from tmac_py.decoding import PREFILL_CHUNK
 from tmac_py.errors import OptionError
 from tmac_py.machine import MAX_THREADS
 from tmac_py.spec import Tables
@@ -56,6 +57,15 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="f16",
         metavar="TYPE",
         help="how the context is stored, as for tmac run (default: f16)",
+    )
+    group.add_argument(
+        "-ub",
+        "--ubatch-size",
+        type=whole_number(1),
+        default=PREFILL_CHUNK,
+        metavar="N",
+        help="tokens that go through the model at once; up to 16 get the arithmetic of an answer's "
+        f"tokens, more that of a prompt's (default: {PREFILL_CHUNK})",
     )
     group.add_argument(
         "--cache-dir", metavar="DIR", help="where fetched models are kept, as for tmac run"
@@ -144,7 +154,7 @@ def execute(args: argparse.Namespace) -> int:
             from tmac_py.cli.eval_text import evaluate_text
 
             values, report = evaluate_text(args, model, reference)
-        facts = {"model": name, "tables": model.tables, "kv": args.kv}
+        facts = {"model": name, "tables": model.tables, "kv": args.kv, "batch": args.ubatch_size}
         if reference is not None:
             facts |= {"reference": args.reference, "reference_tables": reference.tables}
     print(json.dumps({**facts, **values}, indent=2) if args.json else report)

@@ -31,13 +31,14 @@ def evaluate_choices(
 ) -> tuple[dict[str, Any], str]:
     """Ask the questions that ``args`` name; returns JSON values and a report for people."""
     questions = read_questions(args.multiple_choice)[: args.chunks]
-    ours = _Asked(model, questions, args.kv)
-    theirs = None if reference is None else _Asked(reference, questions, "f16")
+    ours = _Asked(model, questions, args.kv, args.ubatch_size)
+    theirs = None if reference is None else _Asked(reference, questions, "f16", args.ubatch_size)
     task = {
         "kind": "multiple choice",
         "model": fingerprint(model.file),
         "tables": model.tables,
         "kv": args.kv,
+        "batch": args.ubatch_size,
         "questions": _checksum(questions),
         "reference": None
         if reference is None
@@ -74,9 +75,9 @@ def _checksum(questions: list[Question]) -> str:
 class _Asked:
     """The questions as one model reads them."""
 
-    def __init__(self, model: Model, questions: list[Question], kv: str) -> None:
+    def __init__(self, model: Model, questions: list[Question], kv: str, batch: int) -> None:
         self._prompts = [encode_question(model.tokenizer, question) for question in questions]
-        self._scorer = ChoiceScorer(model, max(prompt.size for prompt in self._prompts), kv)
+        self._scorer = ChoiceScorer(model, max(prompt.size for prompt in self._prompts), kv, batch)
 
     def score(self, index: int) -> list[float]:
         """Log likelihoods of the choices of one question."""

@@ -44,7 +44,7 @@ def evaluate_text(
         origin = _check_reference(args, model, reference, cut)
     theirs: LogProbs | None = base
     if reference is not None:
-        theirs = ModelLogProbs(reference, cut.chunking.size)
+        theirs = ModelLogProbs(reference, cut.chunking.size, batch=args.ubatch_size)
     records = _score(args, model, cut, theirs, origin)
     result = summarise(records)
     values: dict[str, Any] = {"n_ctx": cut.chunking.n_ctx, "stride": cut.chunking.stride}
@@ -137,6 +137,7 @@ def _score(
         "model": fingerprint(model.file),
         "tables": model.tables,
         "kv": args.kv,
+        "batch": args.ubatch_size,
         "text": xxhash.xxh3_128_hexdigest(cut.ids.tobytes()),
         "n_ctx": cut.chunking.n_ctx,
         "stride": cut.chunking.stride,
@@ -161,7 +162,7 @@ def _score(
             progress.add_nll(record.nll)
         try:
             for scores in score_chunks(
-                ModelLogProbs(model, cut.chunking.size, args.kv),
+                ModelLogProbs(model, cut.chunking.size, args.kv, args.ubatch_size),
                 cut.ids,
                 cut.chunking,
                 range(done, cut.chunks),
@@ -193,6 +194,7 @@ def _writer(args: argparse.Namespace, model: Model, cut: _CutText, done: int) ->
         fingerprint=fingerprint(model.file),
         tables=model.tables,
         kv=args.kv,
+        batch=args.ubatch_size,
     )
     return LogitsWriter(
         args.save_logits,
