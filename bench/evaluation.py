@@ -34,12 +34,12 @@ from tmac_py.stored_logits import LogitsInfo, LogitsWriter, StoredLogits
 from tmac_py.tokenizer import Tokenizer
 
 TEXT = Path(__file__).with_suffix(".txt")
-RUNS: tuple[tuple[str, Tables, int], ...] = (
-    ("int8", "int8", 16),
-    ("int8, as a prompt", "int8", 256),
-    ("exact", "exact", 256),
-)
-"""Label, tables, tokens at once. Exact tables give a prompt and an answer the same bits."""
+RUNS: dict[str, tuple[Tables, int]] = {
+    "int8": ("int8", 16),
+    "int8-prompt": ("int8", 256),
+    "exact": ("exact", 256),
+}
+"""Tables, tokens at once. Exact tables give a prompt and an answer the same bits."""
 
 
 def main() -> None:
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--method", default="gptq", help="as for tmac-convert --quant")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
     parser.add_argument("--groups", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=["int8", "exact"])
     parser.add_argument(
         "--folder", type=Path, help="where conversions and float32 logits are kept, and taken from"
     )
@@ -73,7 +74,8 @@ def main() -> None:
                 if not path.exists():
                     options = {"quant": args.method, "bits": bits, "group_size": group}
                     convert(args.source, path, **options, asym=True)
-                for name, tables, batch in RUNS:
+                for name in args.runs:
+                    tables, batch = RUNS[name]
                     cells = f"{bits} | {group} | {bits_per_weight(path):.2f} | {name}"
                     with Model.load(path, tables=tables) as model:
                         result = compare(model, stored, batch)
@@ -86,7 +88,7 @@ def write_base(source: Path, text_file: Path, chunking: Chunking, out: Path) -> 
     """The float32 model's log probabilities along a text."""
     checkpoint = open_checkpoint(source)
     tokenizer = Tokenizer(checkpoint.tokenizer, bos_id=checkpoint.config.bos_token_id)
-    text = text_file.read_text(encoding="utf-8")
+    text = text_file.read_text(encoding="utf-8").removesuffix("\n")
     ids, bos = encode_text(tokenizer, text)
     chunks = chunking.count(len(ids))
     info = LogitsInfo(
