@@ -196,10 +196,12 @@ def test_ctrl_c_stops_and_still_reports(run, lut, monkeypatch, as_json):
     options = ["--json"] if as_json else []
     status, out, err = run(lut, "-p", "the cat", "--temp", 0, *options)
     assert status == 130
-    assert re.search(r"decode 3 tokens, .* · interrupted$", err.strip())
+    found = re.search(r"decode (\d+) tokens, .* · interrupted$", err.strip())
+    assert found is not None
+    assert int(found[1]) >= 3  # more where a call verified guesses
     if as_json:
         assert json.loads(out)["finish_reason"] == "interrupted"
-        assert len(json.loads(out)["ids"]) == 3
+        assert len(json.loads(out)["ids"]) == int(found[1])
 
 
 def test_ctrl_c_in_the_prompt_says_how_far_it_came(run, tmp_path, monkeypatch):
@@ -288,7 +290,8 @@ def test_prompts_that_cannot_be_read(run, lut, tmp_path):
     assert re.search(r"the prompt has \d+ tokens, the context holds 96", long[2])
 
 
-def test_models_that_are_none(run, tmp_path):
+def test_models_that_are_none(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMAC_CACHE", str(tmp_path / "cache"))
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF" + bytes(60))
     safetensors = tmp_path / "model.safetensors"
@@ -296,9 +299,9 @@ def test_models_that_are_none(run, tmp_path):
     text = tmp_path / "text.lut"
     text.write_text("hello")
     for path, wanted in (
-        (gguf, f"{gguf}: a GGUF file, not a .lut file; convert it with tmac-convert"),
+        (gguf, f"{gguf}: broken GGUF file"),
         (safetensors, "a safetensors file, but not a .lut; convert a checkpoint with tmac-convert"),
-        (tmp_path, "a folder, not a .lut file; convert a Hugging Face folder with tmac-convert"),
+        (tmp_path, "a folder without config.json"),
         (tmp_path / "none.lut", "no such file; models with a name: smollm2-135m"),
         (tmp_path / "none.gguf", "no such file"),
         (text, "not a .lut file"),

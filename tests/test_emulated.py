@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from attention_cases import alone, attention_cases
 from kernel_cases import (
     BCQ,
     BITS,
@@ -67,9 +68,18 @@ class TestIsa:
             assert np.concatenate(apart).tobytes() == first.tobytes()
 
     def test_float_operations(self, program: str, isa: str, tmp_path: Path) -> None:
-        cases = vector_cases()
+        cases = vector_cases() + attention_cases()
         for case, got in zip(cases, run_vectors(program, isa, cases, tmp_path), strict=True):
             case.check(got)
+
+    def test_queries_get_together_what_they_get_alone(
+        self, program: str, isa: str, tmp_path: Path
+    ) -> None:
+        for case in attention_cases():
+            if case.fields[4] > 1:
+                (together,) = run_vectors(program, isa, [case], tmp_path)
+                apart = run_vectors(program, isa, alone(case), tmp_path)
+                assert np.concatenate(apart).tobytes() == together.tobytes(), case.name
 
 
 @pytest.mark.parametrize("tables", TABLES)
@@ -82,6 +92,17 @@ def test_every_program_and_isa_gives_the_same_bits(tables: str, bits: int, tmp_p
             for isa in usable_isas(program)
         }
         assert len(results) == 1
+
+
+def test_every_program_and_isa_attends_with_the_same_bits(tmp_path: Path) -> None:
+    cases = attention_cases()
+    results = [
+        [np.nan_to_num(y, nan=-1.0).tobytes() for y in run_vectors(program, isa, cases, tmp_path)]
+        for program in PROGRAMS
+        for isa in usable_isas(program)
+    ]
+    for case, *of_case in zip(cases, *results, strict=True):
+        assert len(set(of_case)) == 1, case.name
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -228,8 +228,18 @@ def test_long_factors_are_chosen_by_the_size_of_the_cache(tmp_path: Path) -> Non
         ids = golden.ids[:original]
         short = model.forward(ids, model.new_cache(original), "all")
         long = model.forward(ids, model.new_cache(original + 1), "all")
+        kept = model.new_cache(original)
+        model.forward(ids[:-1], kept)
+        larger = model.new_cache(2 * original)
+        larger.restore(kept.state())
+        forked = kept.fork(2 * original)
+        last = [model.forward(ids[-1:], cache) for cache in (kept, forked, larger)]
+        larger.truncate(0)
+        again = model.forward(ids, larger, "all")
     assert np.array_equal(short[0], long[0])  # position 0 does not turn
     assert difference(short, long).max() > 10 * golden.bound
+    assert all(np.array_equal(one, short[-1]) for one in last)  # as the keys that are there
+    assert np.array_equal(again, long)
 
 
 def test_fused_modules_are_split_by_rows(tmp_path: Path) -> None:

@@ -7,7 +7,13 @@
 namespace tmac {
 namespace {
 
+// Each builds on those before it.
+// clang-format off
 #include "kernels/vector_ops.inl"
+#include "kernels/kv_formats.inl"
+#include "kernels/kv_store.inl"
+#include "kernels/attention.inl"
+// clang-format on
 
 using Isa = TMAC_ISA_TYPE;
 
@@ -15,8 +21,11 @@ using Isa = TMAC_ISA_TYPE;
 
 extern const VectorKernels TMAC_JOIN(kVectorKernels_, TMAC_ISA_NAME);
 const VectorKernels TMAC_JOIN(kVectorKernels_, TMAC_ISA_NAME) = {
-    rms_norm<Isa>, silu_multiply<Isa>, gelu_tanh_multiply<Isa>, relu2_multiply<Isa>, soft_cap<Isa>,
-    add<Isa>,      max_abs<Isa>,       sum_exponentials<Isa>,   to_half<Isa>,        attend<Isa>,
+    rms_norm<Isa>,       silu_multiply<Isa>,    gelu_tanh_multiply<Isa>,
+    relu2_multiply<Isa>, soft_cap<Isa>,         add<Isa>,
+    max_abs<Isa>,        sum_exponentials<Isa>, store_key<Isa>,
+    store_value<Isa>,    prepare_query<Isa>,    attend<Isa>,
+    merge_attended<Isa>, finish_attended<Isa>,
 };
 
 }  // namespace tmac

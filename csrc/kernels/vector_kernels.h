@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "layout/kv.h"
+
 namespace tmac {
 
 // The float work between two products in one instruction set: csrc/kernels/vector_isa.cc.
@@ -20,12 +22,23 @@ struct VectorKernels {
   float (*max_abs)(const float* x, int64_t n);
   // The sum of e^(x[i] - largest), for largest >= x[i]; what lies 87 below counts as e^-87.
   float (*sum_exponentials)(const float* x, int64_t n, float largest);
-  void (*to_half)(const float* x, uint16_t* out, int64_t n);
-  // One head's softmax(scale * q.K^T) V over n positions: q [head_dim], keys and values
-  // [n, head_dim] binary16, scores [n] scratch, out [head_dim]. softcap > 0: scores are soft-capped
-  // there.
-  void (*attend)(const float* q, const uint16_t* keys, const uint16_t* values, int64_t n,
-                 int64_t head_dim, float scale, float softcap, float* scores, float* out);
+
+  // Attention (layout/kv.h). Vectors are stored as the type of the cache asks for; k and v
+  // [head_dim], scratch [dims].
+  void (*store_key)(const KvShape& shape, const KvHead& head, int64_t pos, const float* k,
+                    float* scratch);
+  void (*store_value)(const KvShape& shape, const KvHead& head, int64_t pos, const float* v,
+                      float* scratch);
+  // q [head_dim] -> out [query_floats] as `attend` reads it.
+  void (*prepare_query)(const KvShape& shape, const float* q, float* out);
+  // States [count, state_floats] of the queries over positions [begin, end), begin a multiple of
+  // kAttendPart and end at most kAttendPart more.
+  void (*attend)(const KvShape& shape, const KvHead& head, const AttendQueries& queries,
+                 int64_t begin, int64_t end, float* states);
+  // Adds to the state of a query over earlier positions that over the following ones.
+  void (*merge_attended)(const KvShape& shape, float* state, const float* following);
+  // out [head_dim] = what the query has attended to. Changes the state.
+  void (*finish_attended)(const KvShape& shape, float* state, float* out);
 };
 
 }  // namespace tmac

@@ -9,6 +9,26 @@
 
 namespace tmac {
 
+// Work on attention is shared out by position as well where there would be fewer pieces than this
+// for each thread.
+constexpr int64_t kFewPieces = 4;
+
+struct AttentionScratch {
+  AttentionScratch(const DecoderConfig& config, int64_t threads, int64_t n_ctx)
+      : shape{KvType::kF16, KvType::kF16, config.head_dim},
+        head(threads * 2 * shape.dims()),
+        queries(threads * kMostQueries * shape.query_floats()),
+        states(threads * 2 * kMostQueries * shape.state_floats()),
+        parts(kFewPieces * threads * ceil_div(n_ctx, kAttendPart) * kMostQueries *
+              shape.state_floats()) {}
+
+  KvShape shape;
+  AlignedBuffer<float> head;     // [threads, 2, dims]
+  AlignedBuffer<float> queries;  // [threads, kMostQueries, query_floats]
+  AlignedBuffer<float> states;   // [threads, 2, kMostQueries, state_floats]
+  AlignedBuffer<float> parts;    // [pieces, parts, kMostQueries, state_floats]
+};
+
 // Scratch of one decoder step: for up to `tokens` tokens at once, by `threads` threads, over up to
 // `n_ctx` positions. Its sizes are those of one decoder.
 struct Activations {
@@ -32,8 +52,7 @@ struct Activations {
         widest(std::max(
             {weights.embed_tokens.spec.k, config.n_heads * config.head_dim, intermediate})),
         normed(threads * widest),
-        rotated(threads * config.head_dim),
-        scores(threads * n_ctx),
+        attention(config, threads, n_ctx),
         inputs(config.tables, max_regions, tokens, threads),
         down_inputs(config.tables, max_regions, tokens, threads,
                     most_slots(config, weights, tokens)),
@@ -82,8 +101,7 @@ struct Activations {
   AlignedBuffer<float> cosines, sines;  // [ropes, tokens, rotary_dim / 2]
   int64_t widest;                       // of what norms see
   AlignedBuffer<float> normed;          // [threads, widest]
-  AlignedBuffer<float> rotated;         // [threads, head_dim]
-  AlignedBuffer<float> scores;          // [threads, n_ctx]
+  AttentionScratch attention;
   Inputs inputs;
   std::optional<Inputs> own_head_inputs;
   Inputs down_inputs;                   // built tile by tile while gate and up still read `inputs`

@@ -164,7 +164,7 @@ std::vector<Token> Decoder::check_batch(const std::vector<Sequence>& batch) cons
     const int64_t n = sequence.n;
     check_argument(cache.n_layers() == static_cast<int64_t>(weights_.layers.size()) &&
                        cache.n_kv_heads() == config_.n_kv_heads &&
-                       cache.head_dim() == config_.head_dim,
+                       cache.shape().head_dim == config_.head_dim,
                    "the KV cache was made for another model");
     check_argument(n >= 1, "forward needs at least one token");
     check_argument(cache.pos() + n <= cache.n_ctx(), n, " tokens do not fit: the cache holds ",
@@ -179,8 +179,8 @@ std::vector<Token> Decoder::check_batch(const std::vector<Sequence>& batch) cons
   return tokens;
 }
 
-void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool,
-                      float* logits) {
+void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool, float* logits,
+                      StepTimes* times) {
   kernels();  // throws, if it must, before the threads set out
   for (size_t i = 0; i < batch.size(); ++i) {
     for (size_t j = 0; j < i; ++j) {
@@ -191,6 +191,10 @@ void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& 
   std::deque<KvCache::Use> in_use;
   for (const Sequence& sequence : batch) in_use.emplace_back(*sequence.cache);
   const std::vector<Token> tokens = check_batch(batch);
+  for (const Sequence& sequence : batch) {
+    KvCache& cache = *sequence.cache;
+    if (cache.pos() == 0) cache.set_long_rope(config_.turns_long(cache.n_ctx()));
+  }
   std::vector<int64_t> outputs;  // tokens whose logits are wanted
   int64_t n = 0, longest = 0;
   for (const Sequence& sequence : batch) {
@@ -209,7 +213,7 @@ void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& 
     while (output < outputs.size() && outputs[output] < end) ++output;
     const auto count = static_cast<int64_t>(output - here);
     pool.run([&](Team& team) {
-      Pass pass(*this, *activations, team, tokens.data() + first, end - first);
+      Pass pass(*this, *activations, team, tokens.data() + first, end - first, times);
       pass.embed();
       for (size_t i = 0; i < weights_.layers.size(); ++i) pass.layer(i);
       pass.head(outputs.data() + here, count, first, logits + static_cast<int64_t>(here) * vocab());

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -36,6 +37,14 @@ struct DecoderConfig {
   int64_t experts_per_token = 0;   // in layers with a router
   bool normalize_experts = false;  // weights of the chosen experts add up to 1
   std::vector<Rope> ropes;
+
+  // Whether texts that begin in a cache of that size are turned by long_inv_freq.
+  bool turns_long(int64_t n_ctx) const {
+    return std::any_of(ropes.begin(), ropes.end(), [&](const Rope& rope) {
+      return !rope.long_inv_freq.empty() && n_ctx > rope.original_context;
+    });
+  }
+
   Tables tables = Tables::kInt8;
   Tables head_tables = Tables::kInt8;  // of lm_head
 };
@@ -96,6 +105,7 @@ struct Sequence {
 };
 
 struct Activations;
+class StepTimes;
 struct Token;
 
 // One model: const weights, shared by every cache and thread.
@@ -111,8 +121,9 @@ class Decoder {
   // weights. logits: [batch, vocab] of the last tokens, or [tokens of all sequences, vocab] if
   // `all`. Throws std::invalid_argument for an id outside the vocabulary and for a cache that is of
   // another shape, has no room or stands twice in the batch, std::runtime_error for one that is in
-  // use; all caches are then unchanged.
-  void forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool, float* logits);
+  // use; all caches are then unchanged. `times`, unless null, adds up what the parts take.
+  void forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool, float* logits,
+               StepTimes* times = nullptr);
 
  private:
   struct Pass;

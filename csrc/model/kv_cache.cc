@@ -9,14 +9,19 @@
 
 namespace tmac {
 
-KvCache::KvCache(int64_t n_layers, int64_t n_kv_heads, int64_t head_dim, int64_t n_ctx)
-    : n_layers_(n_layers), n_kv_heads_(n_kv_heads), head_dim_(head_dim), n_ctx_(n_ctx) {
+KvCache::KvCache(int64_t n_layers, int64_t n_kv_heads, int64_t head_dim, int64_t n_ctx, KvType keys,
+                 KvType values)
+    : n_layers_(n_layers),
+      n_kv_heads_(n_kv_heads),
+      n_ctx_(n_ctx),
+      capacity_(round_up(n_ctx, kAttendBlock)),
+      shape_{keys, values, head_dim} {
   for (const int64_t size : {n_layers, n_kv_heads, head_dim, n_ctx}) {
     check_argument(size >= 1 && size <= int64_t{1} << 24, "KV cache sizes must be 1 to 2^24, not ",
                    size);
   }
   const double bytes = 4.0 * static_cast<double>(n_layers) * static_cast<double>(n_kv_heads) *
-                       static_cast<double>(head_dim) * static_cast<double>(n_ctx);
+                       static_cast<double>(shape_.dims()) * static_cast<double>(capacity_);
   check_argument(bytes < 0x1p46, "a KV cache of ", n_ctx, " positions does not fit into memory");
   int flags = MAP_PRIVATE | MAP_ANONYMOUS;
 #ifdef MAP_NORESERVE
@@ -27,12 +32,24 @@ KvCache::KvCache(int64_t n_layers, int64_t n_kv_heads, int64_t head_dim, int64_t
     throw std::runtime_error("cannot reserve " + std::to_string(nbytes() >> 20) +
                              " MiB for the KV cache; choose a smaller context");
   }
-  data_ = static_cast<uint16_t*>(memory);
+  data_ = static_cast<uint8_t*>(memory);
 }
 
 KvCache::~KvCache() { munmap(data_, static_cast<size_t>(nbytes())); }
 
-int64_t KvCache::nbytes() const { return 2 * 2 * half(); }
+int64_t KvCache::head_bytes() const {
+  const int64_t scales = shape_.scales(shape_.keys) + shape_.scales(shape_.values);
+  return capacity_ * (shape_.vector_bytes(shape_.keys) + shape_.vector_bytes(shape_.values) +
+                      scales * static_cast<int64_t>(sizeof(uint16_t)));
+}
+
+KvHead KvCache::head(int64_t layer, int64_t kv_head) {
+  uint8_t* keys = data_ + (layer * n_kv_heads_ + kv_head) * head_bytes();
+  uint8_t* values = keys + capacity_ * shape_.vector_bytes(shape_.keys);
+  auto* scales =
+      reinterpret_cast<uint16_t*>(values + capacity_ * shape_.vector_bytes(shape_.values));
+  return {keys, values, scales, scales + capacity_ * shape_.scales(shape_.keys), capacity_};
+}
 
 void KvCache::truncate(int64_t pos) {
   check_argument(pos >= 0 && pos <= pos_, "cannot truncate to ", pos, ": the cache holds ", pos_,

@@ -2,31 +2,47 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
+#include <memory>
+
+#include "layout/kv.h"
 
 namespace tmac {
 
-// Keys and values of one sequence in binary16, each [n_layers, n_kv_heads, n_ctx, head_dim].
-// The memory is reserved at once and taken by the system only as positions are written.
+// Keys and values of one sequence, in the layout of layout/kv.h for each layer and head. The memory
+// is reserved at once and taken by the system only as positions are written.
 class KvCache {
  public:
-  KvCache(int64_t n_layers, int64_t n_kv_heads, int64_t head_dim, int64_t n_ctx);
+  KvCache(int64_t n_layers, int64_t n_kv_heads, int64_t head_dim, int64_t n_ctx, KvType keys,
+          KvType values);
   ~KvCache();
   KvCache(const KvCache&) = delete;
   KvCache& operator=(const KvCache&) = delete;
 
   int64_t n_layers() const { return n_layers_; }
   int64_t n_kv_heads() const { return n_kv_heads_; }
-  int64_t head_dim() const { return head_dim_; }
   int64_t n_ctx() const { return n_ctx_; }
-  int64_t nbytes() const;
+  // Whether the keys held are turned by Rope::long_inv_freq; the decoder says so with the first
+  // token, forks and restored states keep it.
+  bool long_rope() const { return long_rope_; }
+  void set_long_rope(bool long_rope) { long_rope_ = long_rope; }
+  const KvShape& shape() const { return shape_; }
+  int64_t nbytes() const { return n_layers_ * n_kv_heads_ * head_bytes(); }
 
   int64_t pos() const { return pos_; }  // tokens held
   void advance(int64_t n) { pos_ += n; }
   void truncate(int64_t pos);
+  KvHead head(int64_t layer, int64_t kv_head);
 
-  // [n_ctx, head_dim] of one layer and head.
-  uint16_t* keys(int64_t layer, int64_t kv_head) { return head(data_, layer, kv_head); }
-  uint16_t* values(int64_t layer, int64_t kv_head) { return head(data_ + half(), layer, kv_head); }
+  // A new cache of `n_ctx` positions that holds the same tokens.
+  std::unique_ptr<KvCache> fork(int64_t n_ctx);
+  // The tokens held as bytes: a header, then for each layer and head the keys in whole blocks (with
+  // zeros at positions that are not held), the values, the scales of keys and those of values.
+  int64_t state_bytes() const;
+  void write_state(uint8_t* out);
+  // Throws std::invalid_argument for bytes that are not the state of such a cache, or of more
+  // positions than this one has; the cache is then unchanged.
+  void read_state(const uint8_t* state, int64_t size);
 
   // A sequence advances in one thread at a time: held during a decoder step.
   class Use {
@@ -40,14 +56,16 @@ class KvCache {
   };
 
  private:
-  int64_t half() const { return n_layers_ * n_kv_heads_ * n_ctx_ * head_dim_; }
-  uint16_t* head(uint16_t* base, int64_t layer, int64_t kv_head) const {
-    return base + (layer * n_kv_heads_ + kv_head) * n_ctx_ * head_dim_;
-  }
+  int64_t head_bytes() const;
+  // Calls visit(bytes, size) for the memory of one head's first `pos` positions, in order.
+  void each_run(int64_t layer, int64_t kv_head, int64_t pos,
+                const std::function<void(uint8_t*, int64_t)>& visit);
 
-  const int64_t n_layers_, n_kv_heads_, head_dim_, n_ctx_;
+  const int64_t n_layers_, n_kv_heads_, n_ctx_, capacity_;
+  const KvShape shape_;
   std::atomic<int64_t> pos_{0};
-  uint16_t* data_ = nullptr;
+  bool long_rope_ = false;
+  uint8_t* data_ = nullptr;
   std::atomic_flag in_use_ = ATOMIC_FLAG_INIT;
 };
 

@@ -2,9 +2,11 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <vector>
 
 #include "model/activations.h"
 #include "model/decoder.h"
+#include "model/step_times.h"
 
 namespace tmac {
 
@@ -19,9 +21,18 @@ struct Token {
 // team sees it. The tokens of one sequence stand together, in order.
 struct Decoder::Pass {
  public:
+  // `step_times` or null.
   Pass(const Decoder& decoder, Activations& activations, Team& members, const Token* first_token,
-       int64_t n_tokens)
-      : model(decoder), a(activations), team(members), tokens(first_token), n(n_tokens) {}
+       int64_t n_tokens, StepTimes* step_times)
+      : model(decoder),
+        a(activations),
+        team(members),
+        tokens(first_token),
+        n(n_tokens),
+        times(members.thread() == 0 ? step_times : nullptr) {
+    share_out();
+    if (times != nullptr) times->begin();
+  }
 
   void embed();
   void layer(size_t index);
@@ -34,7 +45,19 @@ struct Decoder::Pass {
     const float* bias;  // [w.spec.m] or null
     float* y;           // [tokens, w.spec.m]
   };
+  // Queries that one thread works on together: some heads of tokens of one sequence.
+  struct Piece {
+    KvCache* cache;
+    int64_t first_token, n_tokens, kv_head, first_head, n_heads;
+    int64_t first_part, end_part;                    // of kAttendPart positions
+    int64_t first[kMostQueries], end[kMostQueries];  // positions of each query
+  };
+  static constexpr int64_t kShortContext = 1024;  // keys and values of a head stay in cache
 
+  // Takes note that a part ends here.
+  void ended(Part part) const {
+    if (times != nullptr) times->end(part);
+  }
   // pass.cc
   template <typename TokenAt, typename Visit>
   void norm_tokens(const float* x, const float* weight, int64_t width, int64_t count,
@@ -77,12 +100,29 @@ struct Decoder::Pass {
                  float* out);
   void store_keys_and_values(int64_t layer);
   void attend(int64_t layer, const InputPlan& o_plan);
+  void share_out();
+  void make_runs(int64_t most);
+  Piece piece(int64_t layer, int64_t index) const;
+  AttendQueries prepare(int64_t layer, const Piece& p);
+  void attend_part(int64_t layer, const Piece& p, const AttendQueries& queries, int64_t part,
+                   float* states);
+  void attend_piece(int64_t layer, const Piece& p, float* states);
+  void merge(const Piece& p, float* states, const float* following);
+  void finish(const Piece& p, float* states, const InputPlan& o_plan, bool build_now);
+  int64_t chunks() const {
+    return config.n_kv_heads * ceil_div(config.n_heads / config.n_kv_heads, heads_at_once);
+  }
 
   const Decoder& model;
   Activations& a;
   Team& team;
   const Token* const tokens;  // [n]
   const int64_t n;
+  StepTimes* const times;     // of the thread that called, or null
+  std::vector<int64_t> runs;  // where runs of tokens that are worked on together begin, and n
+  int64_t heads_at_once = 1;
+  bool by_part = false;
+  int64_t parts = 1;  // that the longest of the sequences has
 
   const DecoderConfig& config = model.config_;
   const DecoderWeights& weights = model.weights_;

@@ -93,6 +93,8 @@ class Inputs {
   void build_piece(const InputPlan& plan, int64_t n_tokens, int64_t token, RowPlace place,
                    float to_units, const PieceInput& piece);
 
+  int ternary_places() const { return kernels().ternary_places[static_cast<int>(tables_)]; }
+
   const Tables tables_;
   Luts luts_;
   Rows rows_;

@@ -6,9 +6,10 @@
 namespace tmac {
 namespace {
 
-Kernels::MultiplyTile kernel_of(const LinearSpec& spec, int parts) {
+Kernels::MultiplyTile kernel_of(const LinearSpec& spec, Tables tables) {
   const Kernels& isa = kernels();
-  if (spec.ternary()) return isa.multiply_ternary_tile[parts - 1];
+  if (spec.ternary()) return isa.multiply_ternary_tile[static_cast<int>(tables)];
+  const int parts = table_parts(tables);
   if (spec.bcq()) return isa.multiply_bcq_tile[parts - 1][spec.bits - 1];
   return isa.multiply_tile[parts - 1][spec.bits - 1];
 }
@@ -16,7 +17,7 @@ Kernels::MultiplyTile kernel_of(const LinearSpec& spec, int parts) {
 template <typename TokenAt>
 void look_up(const Linear& w, Inputs& inputs, int64_t first_region, const TokenAt& token_at,
              int64_t n_tokens, int64_t tile_begin, int64_t tile_end, float* y, int64_t stride) {
-  const auto multiply = kernel_of(w.spec, table_parts(inputs.tables()));
+  const auto multiply = kernel_of(w.spec, inputs.tables());
   LutView views[kTableTokens];
   for (int64_t t = 0; t < n_tokens; ++t) views[t] = inputs.luts().view(token_at(t), first_region);
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {

@@ -22,6 +22,7 @@ def active_isa() -> str: ...
 
 OffsetKind = Literal["none", "offset", "zero"]
 Tables = Literal["int8", "exact", "exact8"]
+KvType = Literal["f16", "int8", "int4"]
 Encoding = Literal["uniform", "ternary", "bcq"]
 
 def packed_nbytes(
@@ -160,6 +161,13 @@ class RopeTables(TypedDict):
     long_inv_freq: NDArray[np.float32] | None
     original_context: int
 
+class StepTimes:
+    """Adds up what the parts of steps take."""
+
+    def __init__(self) -> None: ...
+    @property
+    def seconds(self) -> dict[str, float]: ...
+
 class Decoder:
     """Const weights of one model; shared by every cache and thread."""
 
@@ -195,18 +203,35 @@ class Decoder:
         pool: ThreadPool,
         *,
         logits: Literal["last", "all"] = "last",
+        times: StepTimes | None = None,
     ) -> NDArray[np.float32]: ...
 
 class KvCache:
-    """fp16 keys and values of one sequence."""
+    """Keys and values of one sequence."""
 
-    def __init__(self, *, n_layers: int, n_kv_heads: int, head_dim: int, n_ctx: int) -> None: ...
+    def __init__(
+        self,
+        *,
+        n_layers: int,
+        n_kv_heads: int,
+        head_dim: int,
+        n_ctx: int,
+        keys: KvType = "f16",
+        values: KvType = "f16",
+    ) -> None: ...
     @property
     def pos(self) -> int: ...
     @property
     def n_ctx(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def keys(self) -> KvType: ...
+    @property
+    def values(self) -> KvType: ...
+    def fork(self, n_ctx: int = 0) -> KvCache: ...
+    def state(self) -> NDArray[np.uint8]: ...
+    def restore(self, state: NDArray[np.uint8]) -> None: ...
     def truncate(self, pos: int) -> None: ...
 
 class Sampler:

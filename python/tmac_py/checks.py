@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 
 from tmac_py.errors import OptionError, TmacError
 from tmac_py.machine import MAX_THREADS, default_threads
-from tmac_py.spec import Tables
+from tmac_py.spec import KvType, Tables
 
 
 def check_whole(
@@ -58,3 +58,16 @@ def check_tables(tables: Tables) -> Tables:
     if tables not in allowed:
         raise OptionError(f"tables is {tables!r}; allowed: {', '.join(map(repr, allowed))}")
     return tables
+
+
+def check_kv(kv: str) -> tuple[KvType, KvType]:
+    """Types of keys and of values that ``kv`` names: "int8", or both as in "int8/int4"."""
+    allowed = get_args(KvType)
+    parts = kv.split("/") if isinstance(kv, str) else []
+    keys, values = (parts[0], parts[-1]) if len(parts) in (1, 2) else ("", "")
+    if keys not in allowed or values not in allowed:
+        raise OptionError(
+            f"kv is {kv!r}; allowed: {', '.join(map(repr, allowed))}, "
+            "or two of them for keys and values as in 'int8/int4'"
+        )
+    return cast(KvType, keys), cast(KvType, values)

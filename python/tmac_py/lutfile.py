@@ -92,6 +92,12 @@ class LutFile:
         }
 
     @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that tell this model from others: of the tensors' checksums."""
+        sums = "".join(f"{entry.name} {entry.xxh3}\n" for entry in self.tensors.values())
+        return xxhash.xxh3_128_hexdigest(sums.encode())
+
+    @property
     def nbytes(self) -> int:
         """Size of the file."""
         return self._header.data_start + sum(entry.nbytes for entry in self.tensors.values())

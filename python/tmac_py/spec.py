@@ -11,6 +11,9 @@ Tables = Literal["int8", "exact", "exact8"]
 """Lookup tables: of 8 bits, with a step per 4 weights; or exact sums of activations rounded to 14
 bits per 64 weights, or (`exact8`, BitNet's arithmetic) to 8 bits per token."""
 
+KvType = Literal["f16", "int8", "int4"]
+"""How a KV cache stores keys or values (docs/attention.md)."""
+
 Encoding = Literal["uniform", "ternary", "bcq"]
 """Codes: evenly spaced, of 1 to 8 bits; or 0, 1 and 2 for the weights -1, 0 and 1; or of 1 to 4
 bits that each have a scale (binary-coding quantisation: Park et al., 2024, LUT-GEMM)."""

@@ -8,6 +8,7 @@
 // CASES is a sequence of records: int64 fields, float fields, arrays, without padding, in the
 // byte order of the machine (little-endian on all that we build for). RESULTS is the outputs.
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -175,23 +176,74 @@ void run_sum_exponentials(Reader& in, Writer& out) {
   out.array(&sum, 1);
 }
 
+// The cache of one head.
+struct HeadCache {
+  HeadCache(KvType keys_type, KvType values_type, int64_t n, int64_t head_dim)
+      : shape{keys_type, values_type, head_dim},
+        capacity(round_up(n, kAttendBlock)),
+        keys(static_cast<size_t>(capacity * shape.vector_bytes(keys_type))),
+        values(static_cast<size_t>(capacity * shape.vector_bytes(values_type))),
+        key_scales(static_cast<size_t>(capacity * shape.scales(keys_type))),
+        value_scales(static_cast<size_t>(capacity * shape.scales(values_type))),
+        scratch(static_cast<size_t>(shape.dims())) {}
+
+  KvHead head() {
+    return {keys.data(), values.data(), key_scales.data(), value_scales.data(), capacity};
+  }
+
+  KvShape shape;
+  int64_t capacity;
+  std::vector<uint8_t> keys, values;
+  std::vector<uint16_t> key_scales, value_scales;
+  std::vector<float> scratch;
+};
+
+// -> x as a cache of halves stores it
 void run_to_half(Reader& in, Writer& out) {
   const int64_t n = in.integer();
   const auto x = in.array<float>(n);
-  std::vector<uint16_t> half(x.size());
-  vector_kernels().to_half(x.data(), half.data(), n);
-  out.array(half);
+  HeadCache cache(KvType::kF16, KvType::kF16, 1, n);
+  vector_kernels().store_value(cache.shape, cache.head(), 0, x.data(), cache.scratch.data());
+  out.array(reinterpret_cast<const uint16_t*>(cache.values.data()), n);
 }
 
+// -> [queries, head_dim]
 void run_attend(Reader& in, Writer& out) {
-  const int64_t n = in.integer(), head_dim = in.integer();
+  const VectorKernels& isa = vector_kernels();
+  const auto keys_type = static_cast<KvType>(in.integer());
+  const auto values_type = static_cast<KvType>(in.integer());
+  const int64_t n = in.integer(), head_dim = in.integer(), count = in.integer();
   const float scale = in.real(), softcap = in.real();
-  const auto q = in.array<float>(head_dim);
-  const auto keys = in.array<uint16_t>(n * head_dim), values = in.array<uint16_t>(n * head_dim);
-  std::vector<float> scores(static_cast<size_t>(n)), y(q.size());
-  vector_kernels().attend(q.data(), keys.data(), values.data(), n, head_dim, scale, softcap,
-                          scores.data(), y.data());
-  out.array(y);
+  const auto first = in.array<int64_t>(count), end = in.array<int64_t>(count);
+  const auto q = in.array<float>(count * head_dim);
+  const auto keys = in.array<float>(n * head_dim), values = in.array<float>(n * head_dim);
+
+  HeadCache cache(keys_type, values_type, n, head_dim);
+  const KvShape& shape = cache.shape;
+  for (int64_t t = 0; t < n; ++t) {
+    isa.store_key(shape, cache.head(), t, keys.data() + t * head_dim, cache.scratch.data());
+    isa.store_value(shape, cache.head(), t, values.data() + t * head_dim, cache.scratch.data());
+  }
+  std::vector<float> asked(static_cast<size_t>(count * shape.query_floats()));
+  for (int64_t i = 0; i < count; ++i) {
+    isa.prepare_query(shape, q.data() + i * head_dim, asked.data() + i * shape.query_floats());
+  }
+  const AttendQueries queries{count, asked.data(), first.data(), end.data(), scale, softcap};
+  std::vector<float> states(static_cast<size_t>(count * shape.state_floats())), following = states;
+  for (int64_t begin = first[0] / kAttendPart * kAttendPart; begin < n; begin += kAttendPart) {
+    const bool is_first = begin <= first[0];
+    float* into = is_first ? states.data() : following.data();
+    isa.attend(shape, cache.head(), queries, begin, std::min(begin + kAttendPart, n), into);
+    for (int64_t i = 0; i < count && !is_first; ++i) {
+      const int64_t at = i * shape.state_floats();
+      isa.merge_attended(shape, states.data() + at, following.data() + at);
+    }
+  }
+  std::vector<float> y(static_cast<size_t>(head_dim));
+  for (int64_t i = 0; i < count; ++i) {
+    isa.finish_attended(shape, states.data() + i * shape.state_floats(), y.data());
+    out.array(y);
+  }
 }
 
 void run_cases(const std::string& isa, const std::string& cases, const std::string& results) {

@@ -1,0 +1,166 @@
+// Writing keys and values into a cache, and the form of queries. In int8 and int4 the vectors of a
+// head are rotated first (by a Walsh-Hadamard matrix, its own inverse), which spreads outliers over
+// all dimensions; the products of queries and keys do not change by it, values are rotated back.
+
+// A group of x as halves.
+template <typename S>
+inline void to_half(const float* x, uint16_t* out) {
+  for (int64_t i = 0; i < kKvGroup; i += S::kFloats) S::store_half(out + i, S::load_f(x + i));
+}
+
+// In runs of the largest power of two that divides n.
+inline void rotate(float* x, int64_t n) {
+  const int64_t run = n & -n;
+  for (int64_t half = 1; half < run; half *= 2) {
+    for (int64_t i = 0; i < n; i += 2 * half) {
+      for (int64_t j = i; j < i + half; ++j) {
+        const float a = x[j], b = x[j + half];
+        x[j] = a + b;
+        x[j + half] = a - b;
+      }
+    }
+  }
+  const float norm = 1.0f / __builtin_sqrtf(static_cast<float>(run));
+  for (int64_t i = 0; i < n; ++i) x[i] *= norm;
+}
+
+// x [head_dim] -> out [dims], rotated where the type asks for it.
+inline void pad(const KvShape& shape, KvType type, const float* x, float* out) {
+  for (int64_t i = 0; i < shape.head_dim; ++i) out[i] = x[i];
+  for (int64_t i = shape.head_dim; i < shape.dims(); ++i) out[i] = 0;
+  if (kv_scaled(type)) rotate(out, shape.head_dim);
+}
+
+// Codes of S::kFloats numbers, as floats.
+template <typename S, typename Kv>
+inline typename S::F codes_of(const float* x, float scale) {
+  using F = typename S::F;
+  const F inverse = S::set(scale > 0 ? 1 / scale : 0), zero = S::set(Kv::kZero);
+  const F code = S::fma(S::load_f(x), inverse, zero);
+  return S::to_float(S::round_to_int(S::max(S::set(0), S::min(S::add(zero, zero), code))));
+}
+
+// The squared error of a group with that scale.
+template <typename S, typename Kv>
+inline float group_error(const float* x, float scale) {
+  using F = typename S::F;
+  auto sums = Wide<S>::set(0);
+  for (int64_t i = 0; i < kKvGroup; i += kLanes) {
+    sums.each([&](F& sum, int lane) {
+      const F code = codes_of<S, Kv>(x + i + lane, scale);
+      const F value = S::mul(S::sub(code, S::set(Kv::kZero)), S::set(scale));
+      const F error = S::sub(S::load_f(x + i + lane), value);
+      sum = S::add(sum, S::mul(error, error));
+    });
+  }
+  return sums.sum();
+}
+
+// Codes [32] of a group of x, and its scale: that of the largest number or, for few bits, the one
+// of some smaller ones with the least squared error. A NaN or an infinity makes the scale NaN.
+template <typename S, typename Kv>
+inline uint16_t quantize_group(const float* x, int32_t* codes) {
+  bool finite = true;
+  float largest = 0;
+  for (int64_t i = 0; i < kKvGroup; ++i) {
+    const float magnitude = __builtin_fabsf(x[i]);
+    finite = finite && magnitude <= __FLT_MAX__;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const float whole = finite ? largest / Kv::kZero : __builtin_nanf("");
+  uint16_t best = float_to_half(whole);
+  if constexpr (Kv::kSearched) {
+    float least = group_error<S, Kv>(x, half_to_float(best));
+    for (const float share : {0.95f, 0.9f, 0.85f, 0.8f, 0.75f}) {
+      const uint16_t smaller = float_to_half(whole * share);
+      const float error = group_error<S, Kv>(x, half_to_float(smaller));
+      if (!(error < least)) continue;
+      least = error;
+      best = smaller;
+    }
+  }
+  for (int64_t i = 0; i < kKvGroup; i += S::kFloats) {
+    S::store_i(codes + i, S::round_to_int(codes_of<S, Kv>(x + i, half_to_float(best))));
+  }
+  return best;
+}
+
+// Calls write(format, group, codes) for the codes of each group of x, and stores their scales.
+template <typename S, typename Write>
+inline void quantize(const KvShape& shape, KvType type, const float* x, uint16_t* scales,
+                     int64_t capacity, const Write& write) {
+  with_format(type, [&](auto format) {
+    using Kv = decltype(format);
+    if constexpr (Kv::kScaled) {
+      for (int64_t group = 0; group < shape.groups(); ++group) {
+        int32_t codes[kKvGroup];
+        scales[group * capacity] = quantize_group<S, Kv>(x + group * kKvGroup, codes);
+        write(group, codes);
+      }
+    }
+  });
+}
+
+template <typename S>
+void store_key(const KvShape& shape, const KvHead& head, int64_t pos, const float* k,
+               float* scratch) {
+  pad(shape, shape.keys, k, scratch);
+  const int64_t lane = pos % kKeyBlock;
+  uint8_t* keys = head.keys + pos / kKeyBlock * kKeyBlock * shape.vector_bytes(shape.keys);
+  if (!kv_scaled(shape.keys)) {
+    auto* out = reinterpret_cast<uint16_t*>(keys) + lane;
+    for (int64_t group = 0; group < shape.groups(); ++group) {
+      uint16_t halves[kKvGroup];
+      to_half<S>(scratch + group * kKvGroup, halves);
+      for (int64_t i = 0; i < kKvGroup; ++i) out[(group * kKvGroup + i) * kKeyBlock] = halves[i];
+    }
+    return;
+  }
+  quantize<S>(shape, shape.keys, scratch, head.key_scales + pos, head.capacity,
+              [&](int64_t group, const int32_t* codes) {
+                const int per_byte = 8 / kv_bits(shape.keys);
+                uint8_t* out = keys + group * (kKvGroup / per_byte) * kKeyBlock + lane;
+                for (int64_t i = 0; i < kKvGroup; i += per_byte) {
+                  const int32_t high = per_byte == 2 ? codes[i + 1] << 4 : 0;
+                  out[i / per_byte * kKeyBlock] = static_cast<uint8_t>(codes[i] | high);
+                }
+              });
+}
+
+template <typename S>
+void store_value(const KvShape& shape, const KvHead& head, int64_t pos, const float* v,
+                 float* scratch) {
+  pad(shape, shape.values, v, scratch);
+  uint8_t* out = head.values + pos * shape.vector_bytes(shape.values);
+  if (!kv_scaled(shape.values)) {
+    auto* halves = reinterpret_cast<uint16_t*>(out);
+    for (int64_t i = 0; i < shape.dims(); i += kKvGroup) to_half<S>(scratch + i, halves + i);
+    return;
+  }
+  quantize<S>(shape, shape.values, scratch, head.value_scales + pos, head.capacity,
+              [&](int64_t group, const int32_t* codes) {
+                const int64_t bytes = kKvGroup * kv_bits(shape.values) / 8;
+                for (int64_t i = 0; i < bytes; ++i) {
+                  const int32_t high = bytes < kKvGroup ? codes[i + bytes] << 4 : 0;
+                  out[group * bytes + i] = static_cast<uint8_t>(codes[i] | high);
+                }
+              });
+}
+
+// Behind the numbers stands, for each group, what codes of zero would add to a product.
+template <typename S>
+void prepare_query(const KvShape& shape, const float* q, float* out) {
+  using F = typename S::F;
+  pad(shape, shape.keys, q, out);
+  with_format(shape.keys, [&](auto format) {
+    for (int64_t group = 0; group < shape.groups(); ++group) {
+      auto sums = Wide<S>::set(0);
+      for (int64_t i = 0; i < kKvGroup; i += kLanes) {
+        sums.each([&](F& sum, int lane) {
+          sum = S::add(sum, S::load_f(out + group * kKvGroup + i + lane));
+        });
+      }
+      out[shape.dims() + group] = decltype(format)::kZero * sums.sum();
+    }
+  });
+}

@@ -1,0 +1,282 @@
+"""Attention over a cache of each type, against its definition in float64.
+
+The codes of a quantised cache are defined by float32 operations in a fixed order, so the reference
+has exactly those codes; what the kernels round after that is bounded (see vector_cases.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vector_cases import EXP_ERROR, EXP_LOWEST, TINY, Doubles, Floats, VectorCase, gamma, spoilt
+
+KvType = Literal["f16", "int8", "int4"]
+
+KV_TYPES: tuple[KvType, ...] = ("f16", "int8", "int4")
+"""In the order of the core's enum KvType."""
+
+GROUP = 32
+BLOCK = 64
+"""Numbers that share a scale; positions whose weights are brought to a new maximum together."""
+
+
+SMALLER = (0.95, 0.9, 0.85, 0.8, 0.75)
+"""Scales that 4 bits try, as shares of that of the largest number."""
+
+
+def rotation_run(head_dim: int) -> int:
+    return head_dim & -head_dim
+
+
+def rotate(x: Floats) -> Floats:
+    """Rows times the orthogonal Walsh-Hadamard matrix, in the core's order of operations."""
+    run = rotation_run(x.shape[-1])
+    out = x.astype(np.float32)
+    half = 1
+    while half < run:
+        pairs = out.reshape(*x.shape[:-1], -1, 2, half)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        out = np.stack([a + b, a - b], axis=-2).reshape(x.shape)
+        half *= 2
+    norm = np.float32(1) / np.sqrt(np.float32(run))
+    return out * norm
+
+
+def fused(a: Floats, b: Floats, c: np.float32) -> Floats:
+    """a * b + c, rounded once: the product of two float32 is exact in float64, and so is the sum
+    here, whose addends are of similar size."""
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Rows as a cache of some type holds them, padded to whole groups."""
+
+    values: Doubles
+    terms: Doubles
+    """Upper bounds of the magnitudes that the kernels add up in place of each value."""
+
+
+def codes_of(groups: Floats, scales: Floats, zero: np.float32) -> Floats:
+    inverse = np.where(scales > 0, np.float32(1) / scales, np.float32(0))
+    codes: Floats = np.rint(np.clip(fused(groups, inverse, zero), 0, 2 * zero))
+    return codes
+
+
+def group_errors(groups: Floats, scales: Floats, zero: np.float32) -> Floats:
+    """Squared errors [..., 1] in the core's order of operations: 16 lanes, then halves."""
+    squares = (groups - (codes_of(groups, scales, zero) - zero) * scales) ** 2
+    while squares.shape[-1] > 1:
+        half = squares.shape[-1] // 2
+        squares = squares[..., :half] + squares[..., half:]
+    return squares
+
+
+def stored(x: Floats, kind: KvType) -> Stored:
+    n, head_dim = x.shape
+    padded = np.zeros((n, -(-head_dim // GROUP) * GROUP), np.float32)
+    padded[:, :head_dim] = x if kind == "f16" else rotate(x)
+    if kind == "f16":
+        with np.errstate(over="ignore"):
+            halves = padded.astype(np.float16).astype(np.float64)
+        return Stored(halves, np.abs(halves))
+    zero = np.float32(127.5 if kind == "int8" else 7.5)
+    groups = padded.reshape(n, -1, GROUP)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        whole = np.abs(groups).max(-1, keepdims=True) / zero
+        whole[~np.isfinite(whole)] = np.nan
+        scales = whole.astype(np.float16).astype(np.float32)
+        least = group_errors(groups, scales, zero)
+        for share in SMALLER if kind == "int4" else ():
+            other = (whole * np.float32(share)).astype(np.float16).astype(np.float32)
+            error = group_errors(groups, other, zero)
+            scales = np.where(error < least, other, scales)
+            least = np.where(error < least, error, least)
+        codes = codes_of(groups, scales, zero)
+        wide = scales.astype(np.float64)
+        values = ((codes - zero) * wide).reshape(n, -1)
+        terms = ((codes + zero) * wide).reshape(n, -1)
+    # An infinity or a NaN makes the whole group NaN.
+    bad = np.broadcast_to(np.isnan(wide), groups.shape).reshape(n, -1)
+    values[bad] = np.nan
+    terms[bad] = np.nan
+    return Stored(values, terms)
+
+
+def asked(q: Floats, kind: KvType, dims: int) -> Doubles:
+    out = np.zeros((len(q), dims))
+    out[:, : q.shape[1]] = q if kind == "f16" else rotate(q)
+    return out
+
+
+def unrotate(x: Doubles, tolerance: Doubles, head_dim: int) -> tuple[Doubles, Doubles]:
+    """Rows of a rotated result and its tolerance, turned back; rounding on the way included."""
+    run = rotation_run(head_dim)
+    matrix = np.ones((1, 1))
+    while len(matrix) < run:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    parts, allowed = x[:, :head_dim].reshape(len(x), -1, run), tolerance[:, :head_dim]
+    back = parts @ matrix / np.sqrt(run)
+    reach = allowed.reshape(parts.shape) + gamma(12) * np.abs(parts)
+    spread = np.broadcast_to(reach.sum(-1, keepdims=True), parts.shape) / np.sqrt(run)
+    return back.reshape(len(x), -1), spread.reshape(len(x), -1) * 1.001
+
+
+def attend(
+    name: str,
+    q: Floats,
+    keys: Floats,
+    values: Floats,
+    *,
+    first: NDArray[np.int64] | None = None,
+    end: NDArray[np.int64] | None = None,
+    types: tuple[KvType, KvType] = ("f16", "f16"),
+    softcap: float = 0.0,
+) -> VectorCase:
+    """Queries q [queries, head_dim] over positions [first, end) of keys and values [n, head_dim].
+
+    The result is [queries, head_dim].
+    """
+    n, head_dim = keys.shape
+    scale = float(np.float32(head_dim**-0.5))
+    first = np.zeros(len(q), np.int64) if first is None else first
+    end = np.full(len(q), n, np.int64) if end is None else end
+    with np.errstate(invalid="ignore", over="ignore"):
+        k, v = stored(keys, types[0]), stored(values, types[1])
+        wide = asked(q, types[0], k.values.shape[1])
+        rows = [
+            _row(wide[i], k, v, slice(int(first[i]), int(end[i])), scale, softcap)
+            for i in range(len(q))
+        ]
+        want, tolerance = (np.stack(parts) for parts in zip(*rows, strict=True))
+        if types[1] == "f16":
+            want, tolerance = want[:, :head_dim], tolerance[:, :head_dim]
+        else:
+            want, tolerance = unrotate(want, tolerance, head_dim)
+    kinds = tuple(KV_TYPES.index(kind) for kind in types)
+    fields = (*kinds, n, head_dim, len(q), scale, softcap)
+    arrays: tuple[NDArray[Any], ...] = (first, end, q, keys, values)
+    return VectorCase(name, "attend", fields, arrays, want.ravel(), tolerance.ravel())
+
+
+def _row(
+    q: Doubles, k: Stored, v: Stored, positions: slice, scale: float, softcap: float
+) -> tuple[Doubles, Doubles]:
+    keys, values = k.values[positions], v.values[positions]
+    n, dims = keys.shape
+    products, terms = keys * q, k.terms[positions] * np.abs(q)
+    scores = products.sum(1) * scale
+    # The product, its scales and its zero, then the subtraction of the largest, over all blocks.
+    in_score = gamma(dims + 16) * terms.sum(1).max() * scale
+    if softcap:
+        # tanh is no steeper than 1; its argument rounds three times, the result is off by a few
+        # roundings of numbers up to 2 and by the exponential's error.
+        in_score += gamma(3) * np.abs(scores).max() + softcap * (EXP_ERROR + gamma(8))
+        scores = softcap * np.tanh(scores / softcap)
+    spread_of_scores = float(np.ptp(scores))
+    in_score += 2 * gamma(1) * min(spread_of_scores, -EXP_LOWEST)
+    shares = np.exp(scores - scores.max())
+    shares /= shares.sum()
+    want = shares @ values
+    terms_of_values = shares @ np.abs(v.terms[positions])
+    # Each weight and each sum is off by its exponential, and by one more for every block and part
+    # that brings it down to a new maximum; then n additions.
+    rescaled = n // BLOCK + 3
+    relative = np.expm1(2 * in_score) + 2 * rescaled * (EXP_ERROR + gamma(2)) + gamma(2 * n + 8)
+    largest = np.abs(v.terms[positions]).max(0)
+    tolerance = 1.01 * relative * terms_of_values + 3 * n * np.exp(EXP_LOWEST) * largest + TINY
+    return want, tolerance
+
+
+def attention_cases() -> list[VectorCase]:
+    """Types, sizes, windows, soft caps and groups of queries."""
+    rng = np.random.default_rng(5)
+
+    def normal(*shape: int, scale: float = 1.0) -> Floats:
+        values: Floats = (rng.normal(size=shape) * scale).astype(np.float32)
+        return values
+
+    cases = [*spoilt_cases(rng)]
+    for head_dim in (2, 4, 6, 16, 64, 80, 100, 128):
+        for n in (1, 2, 3, 8, 16, 17, 63, 64, 65, 100, 300):
+            for scale in (1.0, 10.0):  # 10: nearly all weight on one position
+                q, keys = normal(1, head_dim, scale=scale), normal(n, head_dim, scale=scale)
+                name = f"attend n={n} head_dim={head_dim} scale={scale}"
+                cases.append(attend(name, q, keys, normal(n, head_dim)))
+    for keys_type in KV_TYPES:
+        for values_type in KV_TYPES:
+            types = (keys_type, values_type)
+            for head_dim in (6, 64, 96):
+                for n, softcap in ((1, 0.0), (20, 2.0), (129, 0.0), (300, 50.0)):
+                    name = f"attend {types} n={n} head_dim={head_dim} softcap={softcap}"
+                    q, keys = normal(3, head_dim, scale=3), normal(n, head_dim, scale=2)
+                    values = normal(n, head_dim)
+                    cases.append(attend(name, q, keys, values, types=types, softcap=softcap))
+            cases.append(causal_case(rng, types, heads=1, tokens=11, window=0, n=290))
+            cases.append(causal_case(rng, types, heads=3, tokens=7, window=70, n=600))
+            cases.append(causal_case(rng, types, heads=4, tokens=8, window=5, n=70))
+    return cases
+
+
+def causal_case(
+    rng: np.random.Generator,
+    types: tuple[KvType, KvType],
+    heads: int,
+    tokens: int,
+    window: int,
+    n: int,
+) -> VectorCase:
+    """The last tokens of a sequence, each with several heads, before the last position."""
+    end = np.repeat(np.arange(n - tokens + 1, n + 1), heads)
+    first = np.maximum(0, end - window) if window else np.zeros_like(end)
+    q, keys, values = (rng.normal(size=(m, 64)) for m in (heads * tokens, n, n))
+    return attend(
+        f"attend {types} heads={heads} tokens={tokens} window={window} n={n}",
+        q.astype(np.float32),
+        keys.astype(np.float32),
+        values.astype(np.float32),
+        first=first,
+        end=end,
+        types=types,
+    )
+
+
+def spoilt_cases(rng: np.random.Generator) -> list[VectorCase]:
+    """NaN in a query, in a key, in a value: what depends on it becomes NaN, nothing else."""
+    cases = []
+    for types in ((kind, kind) for kind in KV_TYPES):
+        for n in (3, 17, 64):
+            for at in (0, n - 1):
+                q, keys, values = (rng.normal(size=(m, 64)).astype(np.float32) for m in (1, n, n))
+                where = f"{types} at {at} of {n}"
+                bad_q, bad_key = spoilt(q, (0, at % 64)), spoilt(keys, (at, 5))
+                cases += [
+                    attend(f"attend NaN in q {where}", bad_q, keys, values, types=types),
+                    attend(f"attend NaN in key {where}", q, bad_key, values, types=types),
+                    attend(
+                        f"attend NaN in value {where}",
+                        q,
+                        keys,
+                        spoilt(values, (at, 5)),
+                        types=types,
+                    ),
+                ]
+    return cases
+
+
+def alone(case: VectorCase) -> list[VectorCase]:
+    """Each query of a case by itself."""
+    kinds, (n, head_dim, count), rest = case.fields[:2], case.fields[2:5], case.fields[5:]
+    first, end, q, keys, values = case.arrays
+    parts = []
+    for i in range(int(count)):
+        own = slice(i, i + 1)
+        fields = (*kinds, n, head_dim, 1, *rest)
+        arrays = (first[own], end[own], q[own], keys, values)
+        want = case.want.reshape(int(count), -1)[i]
+        parts.append(VectorCase(f"{case.name}, query {i}", case.operation, fields, arrays, want))
+    return parts
