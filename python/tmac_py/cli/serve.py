@@ -34,7 +34,7 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
         "-a",
         "--alias",
         metavar="NAME",
-        help="what clients get to know as its name (default: the file's)",
+        help="what clients know it as (default: its own)",
     )
     group.add_argument(
         "-t",
