@@ -1,9 +1,10 @@
-"""Reader for GGUF files of the llama architecture (Llama 2/3, Mistral, SmolLM2, TinyLlama)."""
+"""Reader for GGUF files (gguf_families.py has the architectures)."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from tmac_py.converters.checkpoint import (
     naming,
 )
 from tmac_py.converters.gguf_container import MAGIC, GGUFFile, GGUFTensor, Metadata
+from tmac_py.converters.gguf_families import ARCHITECTURES, Architecture
 from tmac_py.converters.gguf_types import (
     BLOCK_TYPES,
     CODEBOOK_TYPES,
@@ -50,9 +52,7 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-"""Parts of GGUF tensor names -> parts of Hugging Face names."""
-
-_GGUF_NAMES = {ours: theirs for theirs, ours in _NAMES.items()}
+"""Parts of GGUF tensor names -> parts of Hugging Face names, for "llama"."""
 
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -90,13 +90,18 @@ def read(path: Path) -> Checkpoint:
             f"{path}: the vocabulary has {vocab.size} tokens, "
             f"the embedding {config.vocab_size} rows"
         )
+    architecture = ARCHITECTURES[metadata.get("general.architecture", str)]
+    names = {**_NAMES, **architecture.names}
+    gguf_names = {ours: theirs for theirs, ours in names.items()}
     tensors = {
-        _hf_name(name): tensor for name, tensor in file.tensors.items() if name != _ROPE_FACTORS
+        _renamed(name, names, "model.layers."): tensor
+        for name, tensor in file.tensors.items()
+        if name != _ROPE_FACTORS
     }
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     expected = config.tensor_shapes()
-    check_tensors(path, shapes, expected, name_of=gguf_name)
-    _refuse_types(path, tensors)
+    check_tensors(path, shapes, expected, name_of=lambda name: _renamed(name, gguf_names, "blk."))
+    _refuse_types(path, file.tensors)
     source = {"format": "gguf", "file": path.name}
     if (name := metadata.find("general.name", str)) is not None:
         source["name"] = name
@@ -104,7 +109,7 @@ def read(path: Path) -> Checkpoint:
         config=config,
         tokenizer={} if vocab is None else vocab.files,
         source=source,
-        tensors=[_source(name, tensors[name], config) for name in expected],
+        tensors=[_source(name, tensors[name], config, architecture) for name in expected],
         warnings=(NO_TOKENIZER.format(path),) if vocab is None else vocab.warnings,
     )
 
@@ -116,13 +121,15 @@ def _refuse_unsupported(path: Path, metadata: Metadata, tensors: dict[str, GGUFT
             f"{path}: architecture {architecture!r} cannot be run yet: it has norms before o_proj "
             "and down_proj (attn_sub_norm, ffn_sub_norm)"
         )
-    if architecture != "llama":
-        raise UnsupportedError(f"{path}: architecture {architecture!r} is not supported (llama)")
-    if metadata.get("llama.expert_count", int, 0):
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UnsupportedError(f"{path}: architecture {architecture!r} is not supported ({known})")
+    if metadata.get(f"{architecture}.expert_count", int, 0):
         raise UnsupportedError(f"{path}: mixture-of-experts models are not supported")
     if "split.count" in metadata and metadata.get("split.count", int) > 1:
         raise UnsupportedError(f"{path}: split GGUF files are not supported; join them first")
-    if biases := [name for name in tensors if name.endswith(".bias")]:
+    biases = [name for name in tensors if name.endswith(".bias")]
+    if biases and architecture != "qwen2":
         raise UnsupportedError(
             f"{path}: biases are not supported ({biases[0]}, {len(biases)} in all)"
         )
@@ -132,7 +139,8 @@ def _refuse_unsupported(path: Path, metadata: Metadata, tensors: dict[str, GGUFT
                 f"{path}: tensor {tensor.name} is {tensor.kind} of bitnet.cpp, whose tile sizes "
                 "the file does not say; an I2_S file of the model can be read"
             )
-    for key in ("llama.logit_scale", "llama.embedding_scale", "llama.residual_scale"):
+    for name in ("logit_scale", "embedding_scale", "residual_scale"):
+        key = f"{architecture}.{name}"
         if metadata.get(key, float, 1.0) not in (0.0, 1.0):
             raise UnsupportedError(f"{path}: metadata key {key} is not supported")
 
@@ -140,7 +148,7 @@ def _refuse_unsupported(path: Path, metadata: Metadata, tensors: dict[str, GGUFT
 def _refuse_types(path: Path, tensors: dict[str, GGUFTensor]) -> None:
     """Matrices may be of any type known here, norms are float."""
     bad = [
-        f"{gguf_name(name)} {tensor.kind}"
+        f"{name} {tensor.kind}"
         for name, tensor in tensors.items()
         if tensor.kind not in (FLOAT_TYPES if len(tensor.shape) == 1 else _MATRIX_TYPES)
     ]
@@ -150,37 +158,38 @@ def _refuse_types(path: Path, tensors: dict[str, GGUFTensor]) -> None:
 
 
 def _config(metadata: Metadata, tensors: dict[str, GGUFTensor]) -> ModelConfig:
-    hidden = metadata.get("llama.embedding_length", int)
-    heads = metadata.get("llama.attention.head_count", int)
+    name = metadata.get("general.architecture", str)
+    hidden = metadata.get(f"{name}.embedding_length", int)
+    heads = metadata.get(f"{name}.attention.head_count", int)
     if heads < 1:
-        raise ModelFileError(f"metadata key llama.attention.head_count is {heads}")
-    head_dim = metadata.get("llama.attention.key_length", int, hidden // heads)
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        raise ModelFileError(f"metadata key {name}.attention.head_count is {heads}")
+    head_dim = metadata.get(f"{name}.attention.key_length", int, hidden // heads)
+    for key in (f"{name}.attention.value_length", f"{name}.rope.dimension_count"):
         if metadata.get(key, int, head_dim) != head_dim:
             raise UnsupportedError(
                 f"metadata key {key} is {metadata.get(key, int)}: "
                 f"only the full head, {head_dim}, is supported"
             )
     embedding = tensors.get("token_embd.weight")
-    theta = metadata.get("llama.rope.freq_base", float, 10000.0)
-    context = metadata.get("llama.context_length", int)
+    theta = metadata.get(f"{name}.rope.freq_base", float, 10000.0)
+    context = metadata.get(f"{name}.context_length", int)
     return ModelConfig(
         hidden_size=hidden,
-        intermediate_size=metadata.get("llama.feed_forward_length", int),
-        num_hidden_layers=metadata.get("llama.block_count", int),
+        intermediate_size=metadata.get(f"{name}.feed_forward_length", int),
+        num_hidden_layers=metadata.get(f"{name}.block_count", int),
         num_attention_heads=heads,
-        num_key_value_heads=metadata.get("llama.attention.head_count_kv", int, heads),
+        num_key_value_heads=metadata.get(f"{name}.attention.head_count_kv", int, heads),
         head_dim=head_dim,
         vocab_size=(
-            metadata.get("llama.vocab_size", int) if embedding is None else embedding.shape[0]
+            metadata.get(f"{name}.vocab_size", int) if embedding is None else embedding.shape[0]
         ),
-        rms_norm_eps=_short(metadata.get("llama.attention.layer_norm_rms_epsilon", float)),
+        rms_norm_eps=_short(metadata.get(f"{name}.attention.layer_norm_rms_epsilon", float)),
         rope_theta=_short(theta),
         rope_scaling=_rope_scaling(metadata, tensors, theta, head_dim, context),
         max_position_embeddings=context,
         tie_word_embeddings="output.weight" not in tensors,
-        sliding_window=metadata.get("llama.attention.sliding_window", int, 0),
         activation_bits=8 if any(t.kind == "I2_S" for t in tensors.values()) else None,
+        **ARCHITECTURES[name].fields(metadata),
     )
 
 
@@ -196,10 +205,11 @@ def _rope_scaling(
     head_dim: int,
     context: int,
 ) -> dict[str, Any] | None:
-    kind = metadata.get("llama.rope.scaling.type", str, "none")
-    factor = _short(metadata.get("llama.rope.scaling.factor", float, 1.0))
-    if "llama.rope.scale_linear" in metadata:  # the key of the first GGUF files
-        kind, factor = "linear", _short(metadata.get("llama.rope.scale_linear", float))
+    name = metadata.get("general.architecture", str)
+    kind = metadata.get(f"{name}.rope.scaling.type", str, "none")
+    factor = _short(metadata.get(f"{name}.rope.scaling.factor", float, 1.0))
+    if f"{name}.rope.scale_linear" in metadata:  # the key of the first GGUF files
+        kind, factor = "linear", _short(metadata.get(f"{name}.rope.scale_linear", float))
     if _ROPE_FACTORS in tensors:
         if kind not in ("none", "linear") or factor != 1.0:
             raise UnsupportedError(f"{_ROPE_FACTORS} together with rope scaling {kind!r}")
@@ -210,16 +220,16 @@ def _rope_scaling(
         return {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
         raise UnsupportedError(f"rope scaling {kind!r} is not supported (none, linear, yarn)")
-    original = metadata.get("llama.rope.scaling.original_context_length", int, context)
+    original = metadata.get(f"{name}.rope.scaling.original_context_length", int, context)
     scaling: dict[str, Any] = {
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": original,
     }
     for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-        if (value := metadata.find(f"llama.rope.scaling.{theirs}", float)) is not None:
+        if (value := metadata.find(f"{name}.rope.scaling.{theirs}", float)) is not None:
             scaling[ours] = _short(value)
-    attention = metadata.get("llama.rope.scaling.attn_factor", float, 1.0)
+    attention = metadata.get(f"{name}.rope.scaling.attn_factor", float, 1.0)
     if attention != 1.0:
         scaling["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
     return scaling
@@ -249,27 +259,23 @@ def _factor_scaling(tensor: GGUFTensor, theta: float, head_dim: int) -> dict[str
     return {"rope_type": "factors", "factors": [float(factor) for factor in factors]}
 
 
-def _hf_name(name: str) -> str:
-    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; unknown names stay."""
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
-    if match is None or match[2] not in _NAMES:
+def _renamed(name: str, names: Mapping[str, str], layers: str) -> str:
+    """``name`` with the part after the layer as ``names`` has it, the layer after ``layers``.
+
+    ``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``, and back; others stay.
+    """
+    match = re.fullmatch(r"(?:(?:blk|model\.layers)\.(\d+)\.)?(.+)\.(weight|bias)", name)
+    if match is None or match[2] not in names:
         return name
-    layer = "" if match[1] is None else f"model.layers.{match[1]}."
-    return f"{layer}{_NAMES[match[2]]}.weight"
+    layer = "" if match[1] is None else f"{layers}{match[1]}."
+    return f"{layer}{names[match[2]]}.{match[3]}"
 
 
-def gguf_name(name: str) -> str:
-    """The inverse of ``_hf_name``."""
-    match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name)
-    if match is None or match[2] not in _GGUF_NAMES:
-        return name
-    layer = "" if match[1] is None else f"blk.{match[1]}."
-    return f"{layer}{_GGUF_NAMES[match[2]]}.weight"
-
-
-def _source(name: str, tensor: GGUFTensor, config: ModelConfig) -> TensorSource:
+def _source(
+    name: str, tensor: GGUFTensor, config: ModelConfig, architecture: Architecture
+) -> TensorSource:
     shape, kind = tensor.shape, tensor.kind
-    rows = _row_order(name, config)
+    rows = _row_order(name, config) if architecture.interleaved else None
     if len(shape) == 1:
         return TensorSource(name, shape, lambda: as_float32(_floats(tensor)))
     if kind in FLOAT_TYPES:

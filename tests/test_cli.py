@@ -196,10 +196,12 @@ def test_ctrl_c_stops_and_still_reports(run, lut, monkeypatch, as_json):
     options = ["--json"] if as_json else []
     status, out, err = run(lut, "-p", "the cat", "--temp", 0, *options)
     assert status == 130
-    assert re.search(r"decode 3 tokens, .* · interrupted$", err.strip())
+    found = re.search(r"decode (\d+) tokens, .* · interrupted$", err.strip())
+    assert found is not None
+    assert int(found[1]) >= 3  # more where a call verified guesses
     if as_json:
         assert json.loads(out)["finish_reason"] == "interrupted"
-        assert len(json.loads(out)["ids"]) == 3
+        assert len(json.loads(out)["ids"]) == int(found[1])
 
 
 def test_ctrl_c_in_the_prompt_says_how_far_it_came(run, tmp_path, monkeypatch):

@@ -247,8 +247,6 @@ def test_a_cache_of_another_model_is_refused(model, tmp_path):
         cache = other.new_cache()
         with pytest.raises(OptionError, match="made for another model"):
             model.forward(IDS, cache)
-        with pytest.raises(OptionError, match="made for another model"):
-            model.generate([1, 2], cache=cache)
         assert cache.pos == 0
 
 
@@ -335,19 +333,6 @@ def test_bias_and_processors_choose_tokens(model):
     assert model.generate(prompt, max_tokens=3, seed=1, logits_processor=order) == counted
 
 
-def test_a_cache_given_carries_on(model):
-    prompt = IDS[:8].tolist()
-    whole = model.generate(prompt, max_tokens=8, temperature=0).ids
-    assert len(whole) == 8
-    cache = model.new_cache()
-    first = model.generate(prompt, max_tokens=4, temperature=0, cache=cache).ids
-    assert cache.pos == len(prompt) + 3
-    second = model.generate(first[-1:], max_tokens=4, temperature=0, cache=cache).ids
-    assert first + second == whole
-    with pytest.raises(TmacError, match="exclude each other"):
-        model.generate(prompt, cache=cache, n_ctx=20)
-
-
 def test_a_closed_stream_leaves_the_model_usable(model):
     wanted = model.generate("the cat", max_tokens=5, seed=1)
     for n in range(3):
@@ -373,8 +358,6 @@ def test_the_context_limits_prompt_and_answer(model):
     with pytest.raises(ContextError, match="the context holds 10 and 8 are in use"):
         model.forward(IDS[:3], cache)
     assert cache.pos == 8
-    with pytest.raises(ContextError, match="3 tokens after the 8 already there"):
-        model.stream([1, 2, 3], cache=cache)
     for n_ctx in (-1, 97, 1.5, True):
         with pytest.raises(ContextError, match=r"n_ctx is .*; allowed: 0 to 96"):
             model.new_cache(n_ctx)

@@ -17,6 +17,7 @@ namespace {
 #include "kernels/multiply_tile.inl"
 #include "kernels/multiply_tile_bcq.inl"
 #include "kernels/multiply_tile_ternary.inl"
+#include "kernels/multiply_tile_ternary_dots.inl"
 #include "kernels/quantize_rows.inl"
 #include "kernels/unpack_tile.inl"
 #include "kernels/unpack_ternary.inl"
@@ -47,11 +48,12 @@ extern const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME);
 const Kernels TMAC_JOIN(kKernels_, TMAC_ISA_NAME) = {
     TMAC_STRING(TMAC_ISA_NAME),
     build_region<Isa>,
-    build_ternary_region<Isa::Ternary>,
-    ternary_places(Isa::Ternary::Trits::kEntries),
+    build_ternary<Isa::Ternary>,
+    {kTablePlaces<Isa::Ternary>, kTablePlaces<Isa::Ternary>, kExact8Places<Isa::Ternary>},
     {TMAC_TILES(1), TMAC_TILES(2)},
     {TMAC_BCQ_TILES(1), TMAC_BCQ_TILES(2)},
-    {multiply_ternary_tile<Isa::Ternary, 1>, multiply_ternary_tile<Isa::Ternary, 2>},
+    {multiply_ternary_tile<Isa::Ternary, 1>, multiply_ternary_tile<Isa::Ternary, 2>,
+     exact8_ternary_tile<Isa::Ternary>()},
     quantize_row_regions<Isa>,
     {TMAC_ROWS(Tables::kInt8), TMAC_ROWS(Tables::kExact), TMAC_ROWS(Tables::kExact8)},
     {multiply_rows<Isa, TernaryCodes, Tables::kInt8>, nullptr,

@@ -17,11 +17,11 @@ struct Kernels {
   // to_token_units is 127 / the token's largest |x|, for Tables::kExact8.
   void (*build_region)(const float* x, Tables tables, float to_token_units, const LutView& lut);
 
-  // The same for the ternary tables of x [96], but for the sums of x. Each region takes up
-  // `ternary_places` places of others.
+  // The same for the ternary tables of x [96], or their integers, but for the sums of x. Each
+  // region takes up `ternary_places` places of others, by kind of tables.
   void (*build_ternary_region)(const float* x, Tables tables, float to_token_units,
                                const LutView& lut);
-  int ternary_places;
+  int ternary_places[kTableKinds];
 
   // y [n, 32] = one tile of 32 rows times the activations behind `luts` [n]; rows of y are
   // `stride` apart. By parts of the tables - 1, then by bits - 1.
@@ -30,8 +30,8 @@ struct Kernels {
   MultiplyTile multiply_tile[2][kMaxBits];
   // The same for binary-coded weights.
   MultiplyTile multiply_bcq_tile[2][kMaxBcqBits];
-  // For ternary weights, by parts of the tables - 1.
-  MultiplyTile multiply_ternary_tile[2];
+  // For ternary weights, by kind of tables.
+  MultiplyTile multiply_ternary_tile[kTableKinds];
 
   // Two regions x [2][64] of one token as integers: those of the first into out [parts][12][64],
   // with sums and unit in lane `lane` of `region` and, unless null, `chunks`; the second ones

@@ -71,7 +71,7 @@ inline void prefetch_codes(const uint8_t* at, int64_t bytes) {
 template <typename S, int kAccumulators>
 constexpr int tokens_fitting() {
   constexpr int kFit = S::kAccumulators / kAccumulators;
-  return kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
+  return kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
 }
 
 template <typename S, int kBits, int kParts>
@@ -144,16 +144,23 @@ struct SegmentSums {
     const auto add_set = [&](const uint8_t* at, auto set_of) {
       using Set = std::remove_reference_t<decltype(set_of(sums[0][0]))>;
       constexpr int kTaken = kChunks < Set::kChunks ? kChunks : Set::kChunks;
-      repeat<kChunks / kTaken * Set::kVectors>([&](auto step) {
-        constexpr int kVector = step % Set::kVectors, kChunk = step / Set::kVectors * kTaken;
-        const auto index = Set::template load<kTaken>(at + kChunk * kChunkBytes, kChunkBytes,
-                                                      kVector, first + kChunk);
-        repeat<kTokens * kParts>([&](auto i) {
-          constexpr int kToken = i / kParts, kPart = i % kParts;
+      constexpr int kVectors =
+          Set::kVectors < S::kVectorsTogether ? Set::kVectors : S::kVectorsTogether;
+      constexpr int kSteps = Set::kVectors / kVectors;
+      repeat<kChunks / kTaken * kSteps>([&](auto step) {
+        constexpr int kFirst = step % kSteps * kVectors, kChunk = step / kSteps * kTaken;
+        decltype(Set::template load<kTaken>(at, 0, 0, 0)) index[kVectors];
+        repeat<kVectors>([&](auto v) {
+          index[v] = Set::template load<kTaken>(at + kChunk * kChunkBytes, kChunkBytes, kFirst + v,
+                                                first + kChunk);
+        });
+        repeat<kTokens * kParts * kVectors>([&](auto i) {
+          constexpr int kVector = i % kVectors, kPart = i / kVectors % kParts;
+          constexpr int kToken = i / kVectors / kParts;
           const LutView& lut = luts[kToken];
           set_of(sums[kToken][kPart])
               .template add<kTaken>(
-                  kVector, index,
+                  kFirst + kVector, index[kVector],
                   lut.entries + (half * kParts + kPart) * kHalfTables * kTableEntries,
                   lut.multipliers + half * kMultiplierWords, first + kChunk);
         });
@@ -239,7 +246,7 @@ struct SegmentSums {
   // Adds the sums of the activations of the chunks [chunk, end) of one region.
   inline void add_activations(int64_t region, int64_t chunk, int64_t end,
                               float (&x_sum)[kTokens]) const {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
       if (end - chunk == kRegionChunks) {
         x_sum[t] += luts[t].region_sum[region];
@@ -276,7 +283,7 @@ struct TileProduct {
       I rows[kTokens][kVectors];
       sums.add(at, at, chunk, end, rows);
       sums.add_activations(region, chunk, end, x_sum);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
         const F unit = S::set(luts[t].half_unit[region]);
 #pragma GCC unroll 8
@@ -291,7 +298,7 @@ struct TileProduct {
         const F scale = S::load_half(scales + i * S::kFloats);
         F stored = scale;
         if (!constant_zero) stored = S::load_half(scales + kTileRows + i * S::kFloats);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) {
           const F sum = S::set(x_sum[t]);
           F value = S::add(group[t][i], S::set(centre * x_sum[t]));

@@ -28,6 +28,17 @@ constexpr int ternary_places(int table_entries) {
 }
 constexpr int kTernaryMostPlaces = ternary_places(kTernaryMostEntries);
 
+// The integers of a region of ternary weights, where an instruction set multiplies those of
+// Tables::kExact8 and has no tables of them.
+constexpr int kTernaryChunkQuads = kTernaryChunkWeights / 4;
+struct TernaryIntegers {
+  // [chunks][6][4]: weight i of the even tables, then of the odd ones, for i = 0, 1, 2.
+  alignas(64) int8_t q[kTernaryRegionChunks][kTernaryChunkWeights];
+  int32_t sum[kTernaryRegionChunks];         // of the integers of each chunk
+  int32_t not_finite[kTernaryRegionChunks];  // 1 in a region with a NaN or an infinity
+};
+static_assert(sizeof(TernaryIntegers) == kRegionHalves * kMultiplierWords * sizeof(uint32_t));
+
 // What activations are rounded to. Products of many tokens may do without tables (layout/rows.h):
 // there kInt8 means integers of 8 bits, and the other two the same integers as here.
 //
@@ -70,7 +81,8 @@ struct LutView {
   // Ternary: [chunks][parts][tables][entries].
   int8_t* entries;
   // [halves][kMultiplierWords] the tables' multipliers times the weights of bit planes, arranged as
-  // the active instruction set multiplies with them. Ternary: [chunks], those of the tables.
+  // the active instruction set multiplies with them. Ternary: [chunks], those of the tables; or
+  // TernaryIntegers.
   uint32_t* multipliers;
   float* half_unit;         // half the unit of the sums: u = (2^b - 1)/2 + sum 2^(p-1) beta_p
   float* chunk_sum;         // [chunks] sum of x; not for ternary

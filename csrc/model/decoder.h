@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -32,9 +33,27 @@ struct DecoderConfig {
   float attention_softcap = 0, logits_softcap = 0;  // 0: none
   float embedding_scale = 1;
   Activation activation = Activation::kSilu;
+  float clip_qkv = 0;              // the largest |q|, |k| and |v|; 0: any
+  int64_t experts_per_token = 0;   // in layers with a router
+  bool normalize_experts = false;  // weights of the chosen experts add up to 1
   std::vector<Rope> ropes;
+
+  // Whether texts that begin in a cache of that size are turned by long_inv_freq.
+  bool turns_long(int64_t n_ctx) const {
+    return std::any_of(ropes.begin(), ropes.end(), [&](const Rope& rope) {
+      return !rope.long_inv_freq.empty() && n_ctx > rope.original_context;
+    });
+  }
+
   Tables tables = Tables::kInt8;
   Tables head_tables = Tables::kInt8;  // of lm_head
+};
+
+// The matrices of a feed-forward, of which a layer with a router has several.
+struct FeedForward {
+  Linear gate, up;  // [intermediate, hidden]
+  Linear down;      // [hidden, intermediate]
+  const float *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
 };
 
 // Null pointers are steps that a family does not have.
@@ -44,16 +63,17 @@ struct LayerWeights {
   const float* feed_forward_norm = nullptr;          // [hidden], before gate and up
   const float* feed_forward_out_norm = nullptr;      // [hidden], of what it adds
   const float *q_norm = nullptr, *k_norm = nullptr;  // [head_dim], of each head
+  const float* q_full_norm = nullptr;                // [n_heads * head_dim], of all heads together
+  const float* k_full_norm = nullptr;                // [n_kv_heads * head_dim]
   const float* attn_sub_norm = nullptr;              // [n_heads * head_dim], before o
   const float* ffn_sub_norm = nullptr;               // [intermediate], before down
   Linear q, k, v;                                    // [heads * head_dim, hidden]
   Linear o;                                          // [hidden, n_heads * head_dim]
-  Linear gate, up;                                   // [intermediate, hidden]
-  Linear down;                                       // [hidden, intermediate]
-  const float *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr;
-  const float *o_bias = nullptr, *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
-  int64_t sliding_window = 0;  // 0: attend to every earlier position
-  int rope = 0;                // which of the ropes; -1: none
+  const float *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *o_bias = nullptr;
+  const float* router = nullptr;           // [experts, hidden], chooses among feed-forwards
+  std::vector<FeedForward> feed_forwards;  // [experts], or one without a router
+  int64_t sliding_window = 0;              // 0: attend to every earlier position
+  int rope = 0;                            // which of the ropes; -1: none
 };
 
 struct DecoderWeights {
@@ -64,8 +84,17 @@ struct DecoderWeights {
 };
 
 // One plan for each vector that matrices read.
+struct FeedForwardPlans {
+  InputPlan gate_up, down;
+};
+
 struct LayerPlans {
-  InputPlan qkv, o, gate_up, down;
+  InputPlan qkv, o;
+  std::vector<FeedForwardPlans> feed_forwards;  // one if all experts read the same inputs
+
+  const FeedForwardPlans& of_expert(size_t i) const {
+    return feed_forwards[feed_forwards.size() == 1 ? 0 : i];
+  }
 };
 
 // The next tokens of one sequence.
@@ -97,15 +126,19 @@ class Decoder {
  private:
   struct Pass;
   std::vector<Token> check_batch(const std::vector<Sequence>& batch) const;
+  // Calls visit(InputPlan) for the plans of all layers.
+  template <typename Visit>
+  void each_plan(const Visit& visit) const;
   int64_t most_regions() const;
-  // Tokens on their way through the layers together; `all`: and through the head.
-  int64_t tokens_at_once(bool all) const;
+  int64_t count_tokens_at_once(bool all) const;
   std::unique_ptr<Activations> take_activations(int64_t tokens, int threads, int64_t n_ctx);
 
   const DecoderConfig config_;
   const DecoderWeights weights_;
   std::vector<LayerPlans> plans_;
   const InputPlan head_plan_;
+  // Tokens on their way through the layers together; through the head as well.
+  int64_t tokens_at_once_, tokens_at_once_with_head_;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Activations>> idle_;  // of finished steps, for the next ones
 };

@@ -22,6 +22,10 @@ class KvCache {
   int64_t n_layers() const { return n_layers_; }
   int64_t n_kv_heads() const { return n_kv_heads_; }
   int64_t n_ctx() const { return n_ctx_; }
+  // Whether the keys held are turned by Rope::long_inv_freq; the decoder says so with the first
+  // token, forks and restored states keep it.
+  bool long_rope() const { return long_rope_; }
+  void set_long_rope(bool long_rope) { long_rope_ = long_rope; }
   const KvShape& shape() const { return shape_; }
   int64_t nbytes() const { return n_layers_ * n_kv_heads_ * head_bytes(); }
 
@@ -60,6 +64,7 @@ class KvCache {
   const int64_t n_layers_, n_kv_heads_, n_ctx_, capacity_;
   const KvShape shape_;
   std::atomic<int64_t> pos_{0};
+  bool long_rope_ = false;
   uint8_t* data_ = nullptr;
   std::atomic_flag in_use_ = ATOMIC_FLAG_INIT;
 };

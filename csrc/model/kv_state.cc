@@ -12,7 +12,7 @@ constexpr char kMagic[8] = {'T', 'M', 'A', 'C', 'K', 'V', '1', 0};
 
 struct StateHeader {
   char magic[8];
-  int64_t n_layers, n_kv_heads, head_dim, keys_bits, values_bits, pos, zero;
+  int64_t n_layers, n_kv_heads, head_dim, keys_bits, values_bits, pos, long_rope;
 };
 static_assert(sizeof(StateHeader) == 64);
 
@@ -49,9 +49,14 @@ int64_t KvCache::state_bytes() const {
 }
 
 void KvCache::write_state(uint8_t* out) {
-  StateHeader header{
-      {},   n_layers_, n_kv_heads_, shape_.head_dim, kv_bits(shape_.keys), kv_bits(shape_.values),
-      pos_, 0};
+  StateHeader header{{},
+                     n_layers_,
+                     n_kv_heads_,
+                     shape_.head_dim,
+                     kv_bits(shape_.keys),
+                     kv_bits(shape_.values),
+                     pos_,
+                     pos_ > 0 && long_rope_ ? 1 : 0};
   std::memcpy(header.magic, kMagic, sizeof(kMagic));
   std::memcpy(out, &header, sizeof(header));
   out += sizeof(header);
@@ -71,7 +76,8 @@ void KvCache::read_state(const uint8_t* state, int64_t size) {
   check_argument(size >= static_cast<int64_t>(sizeof(header)), "a KV state has at least ",
                  sizeof(header), " bytes, not ", size);
   std::memcpy(&header, state, sizeof(header));
-  check_argument(std::memcmp(header.magic, kMagic, sizeof(kMagic)) == 0 && header.zero == 0,
+  check_argument(std::memcmp(header.magic, kMagic, sizeof(kMagic)) == 0 &&
+                     (header.long_rope == 0 || header.long_rope == 1),
                  "these bytes are not the state of a KV cache");
   check_argument(header.n_layers == n_layers_ && header.n_kv_heads == n_kv_heads_ &&
                      header.head_dim == shape_.head_dim,
@@ -90,6 +96,7 @@ void KvCache::read_state(const uint8_t* state, int64_t size) {
   if (size != expected) pos_ = before;
   check_argument(size == expected, "a KV state of ", header.pos, " tokens has ", expected,
                  " bytes, not ", size);
+  long_rope_ = header.long_rope == 1;
   state += sizeof(header);
   for (int64_t i = 0; i < n_layers_ * n_kv_heads_; ++i) {
     each_run(i / n_kv_heads_, i % n_kv_heads_, pos_, [&](uint8_t* run, int64_t run_size) {
@@ -105,6 +112,7 @@ std::unique_ptr<KvCache> KvCache::fork(int64_t n_ctx) {
   auto copy = std::make_unique<KvCache>(n_layers_, n_kv_heads_, shape_.head_dim, n_ctx, shape_.keys,
                                         shape_.values);
   copy->pos_ = pos_.load();
+  copy->long_rope_ = long_rope_;
   for (int64_t i = 0; i < n_layers_ * n_kv_heads_; ++i) {
     std::vector<uint8_t*> targets;
     copy->each_run(i / n_kv_heads_, i % n_kv_heads_, pos_,

@@ -6,25 +6,7 @@
 
 namespace tmac {
 
-// norm(x) of the tokens token_at(0 .. count), rows of x [width], as tokens 0.. of `inputs`. For one
-// token the threads share the regions, and each computes the norm for itself.
-template <typename TokenAt>
-void Decoder::Pass::norm_into_inputs(const float* x, const float* weight, int64_t width,
-                                     const InputPlan& plan, Inputs& inputs, int64_t count,
-                                     const TokenAt& token_at) {
-  const int64_t parts = count == 1 ? team.threads() : 1;
-  const int64_t n_regions = plan.regions(count).size();
-  float* normed = a.normed.data() + team.thread() * a.widest;
-  team.parallel_for(count * parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t t = i / parts, part = i % parts;
-      isa.rms_norm(x + token_at(t) * width, weight, width, config.rms_norm_eps, normed);
-      inputs.build(plan, count, t, n_regions * part / parts, n_regions * (part + 1) / parts,
-                   normed);
-    }
-  });
-}
-
+// norm(x) of all tokens as `inputs`.
 void Decoder::Pass::norm_into_inputs(const float* x, const float* weight, int64_t width,
                                      const InputPlan& plan, Inputs& inputs) {
   norm_into_inputs(x, weight, width, plan, inputs, n, [](int64_t t) { return t; });
@@ -40,8 +22,7 @@ void Decoder::Pass::embed() {
       }
       for (size_t i = 0; i < config.ropes.size(); ++i) {
         const Rope& rope = config.ropes[i];
-        const bool is_long =
-            !rope.long_inv_freq.empty() && tokens[t].cache->n_ctx() > rope.original_context;
+        const bool is_long = !rope.long_inv_freq.empty() && tokens[t].cache->long_rope();
         const std::vector<float>& inv_freq = is_long ? rope.long_inv_freq : rope.inv_freq;
         rope_angles(tokens[t].pos, inv_freq.data(), half_rotary, rope.attention_scale,
                     a.cosines.data() + rope_at(i, t), a.sines.data() + rope_at(i, t));
@@ -57,10 +38,15 @@ void Decoder::Pass::layer(size_t i) {
   multiply(a.inputs, plans.qkv,
            {{w.q, w.q_bias, a.q.data()}, {w.k, w.k_bias, a.k.data()}, {w.v, w.v_bias, a.v.data()}},
            n);
+  norm_and_clip(w);
   store_keys_and_values(static_cast<int64_t>(i));
   attend(static_cast<int64_t>(i), plans.o);
   multiply_add(w.o, w.o_bias, w.attention_out_norm, a.inputs, plans.o);
-  feed_forward(w, plans);
+  if (w.router == nullptr) {
+    feed_forward(w, plans);
+  } else {
+    mix_experts(i);
+  }
 }
 
 void Decoder::Pass::head(const int64_t* outputs, int64_t count, int64_t first, float* logits) {

@@ -48,9 +48,10 @@ RowSums Rows::sums(int thread) {
   return RowSums(sums_.data() + thread * RowSums::size(max_blocks_), max_blocks_);
 }
 
-Inputs::Inputs(Tables tables, int64_t max_regions, int64_t max_tokens, int64_t threads)
+Inputs::Inputs(Tables tables, int64_t max_regions, int64_t max_tokens, int64_t threads,
+               int64_t most_tables)
     : tables_(tables),
-      luts_(tables, max_regions, std::min(max_tokens, kTableTokens)),
+      luts_(tables, max_regions, std::max(std::min(max_tokens, kTableTokens), most_tables)),
       rows_(tables, max_regions, max_tokens, threads) {}
 
 float Inputs::choose_unit(const InputPlan& plan, int64_t n_tokens, int64_t token, bool stores,
@@ -94,9 +95,9 @@ void Inputs::build(const InputPlan& plan, int64_t n_tokens, int64_t token, int64
                    int64_t end, const float* x) {
   const float to_units = choose_unit(plan, n_tokens, token, begin == 0 && end > 0, x);
   const RowPlace place = RowBlocks{n_tokens}.place(token);
-  plan.regions(n_tokens).each(
-      begin, end, kernels().ternary_places, x,
-      [&](const PieceInput& piece) { build_piece(plan, n_tokens, token, place, to_units, piece); });
+  plan.regions(n_tokens).each(begin, end, ternary_places(), x, [&](const PieceInput& piece) {
+    build_piece(plan, n_tokens, token, place, to_units, piece);
+  });
 }
 
 void Inputs::build_all(Team& team, const InputPlan& plan, int64_t n_tokens, const float* x,
@@ -106,7 +107,7 @@ void Inputs::build_all(Team& team, const InputPlan& plan, int64_t n_tokens, cons
   const bool apart = reads_tables(n_tokens);
   const int64_t n_blocks = apart ? n_tokens : blocks.n_blocks();
   const InputRegions& regions = plan.regions(n_tokens);
-  const int64_t n_regions = regions.size(), ternary_places = kernels().ternary_places;
+  const int64_t n_regions = regions.size(), places = ternary_places();
   team.parallel_for(n_blocks * n_regions, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t block = begin / n_regions, first = begin % n_regions;
@@ -119,7 +120,7 @@ void Inputs::build_all(Team& team, const InputPlan& plan, int64_t n_tokens, cons
       }
       for (int64_t region = first; region < last; ++region) {
         for (int64_t t = 0; t < n; ++t) {
-          regions.each(region, region + 1, ternary_places, x + (token + t) * stride,
+          regions.each(region, region + 1, places, x + (token + t) * stride,
                        [&](const PieceInput& piece) {
                          build_piece(plan, n_tokens, token + t, {block, static_cast<int>(t)},
                                      to_units[t], piece);

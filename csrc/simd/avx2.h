@@ -35,6 +35,7 @@ struct Avx2 {
   static B lookup(B t, B index) { return _mm256_shuffle_epi8(t, index); }
 
   static constexpr int kAccumulators = 8;  // of 16 registers
+  static constexpr int kVectorsTogether = 1;
 
   struct Index {
     B low, high;
@@ -209,6 +210,7 @@ struct Avx2 {
    private:
     static B with_bit0(B b) { return _mm256_or_si256(b, _mm256_set1_epi8(1)); }
   };
+  using TritDots = void;
   static I add_pairs(I acc, B weights, B sums) {
     return _mm256_add_epi16(acc, _mm256_maddubs_epi16(weights, sums));
   }

@@ -11,6 +11,26 @@
 namespace tmac {
 namespace {
 
+// The weights plus 1 behind an index of ternary tables.
+struct TritWeights {
+  alignas(64) uint8_t of[6][64];  // by quad and index
+  alignas(32) uint8_t at[32];     // the weight of a chunk that each byte of its quads is
+  constexpr TritWeights() : of(), at() {
+    for (int quad = 0; quad < 6; ++quad) {
+      for (int index = 0; index < 64; ++index) {
+        const int magnitude = index & 15, sign = index >> (4 + quad % 2) & 1;
+        int digits = 13 + (sign != 0 ? -magnitude : magnitude) + 27;
+        for (int i = 0; i < quad / 2; ++i) digits /= 3;
+        of[quad][index] = static_cast<uint8_t>(digits % 3);
+      }
+      for (int j = 0; j < 4; ++j) {
+        at[4 * quad + j] = static_cast<uint8_t>(3 * (2 * j + quad % 2) + quad / 2);
+      }
+    }
+  }
+};
+constexpr TritWeights kTritWeights;
+
 struct Avx512 {
   using Narrow = Avx2;
 #ifdef __AVX512VBMI__
@@ -25,6 +45,7 @@ struct Avx512 {
   static constexpr int kFloats = 16;
 
   static constexpr int kAccumulators = 16;  // of 32 registers
+  static constexpr int kVectorsTogether = 2;
 
   static B load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static B table(const int8_t* p) {
@@ -115,6 +136,11 @@ struct Avx512 {
   };
 #endif
 #ifdef __AVX512VBMI__
+  // Rows 0-3 16-19 4-7 20-23 ..., each a byte of the lower and one of the upper half.
+  alignas(64) static constexpr uint8_t kRowsOfTwo[64] = {
+      0,  32, 1,  33, 2,  34, 3,  35, 16, 48, 17, 49, 18, 50, 19, 51, 4,  36, 5,  37, 6,  38,
+      7,  39, 20, 52, 21, 53, 22, 54, 23, 55, 8,  40, 9,  41, 10, 42, 11, 43, 24, 56, 25, 57,
+      26, 58, 27, 59, 12, 44, 13, 45, 14, 46, 15, 47, 28, 60, 29, 61, 30, 62, 31, 63};
   // Two chunks at a time: a dot product takes two planes of both, each from a table of its own.
   template <int kChains>
   struct PairDots : Dots<kChains> {
@@ -172,11 +198,7 @@ struct Avx512 {
                          ? Avx512::load(first)
                          : _mm512_inserti64x4(_mm512_castsi256_si512(Avx2::load(first)),
                                               Avx2::load(second), 1);
-      alignas(64) static constexpr uint8_t kOrder[64] = {
-          0,  32, 1,  33, 2,  34, 3,  35, 16, 48, 17, 49, 18, 50, 19, 51, 4,  36, 5,  37, 6,  38,
-          7,  39, 20, 52, 21, 53, 22, 54, 23, 55, 8,  40, 9,  41, 10, 42, 11, 43, 24, 56, 25, 57,
-          26, 58, 27, 59, 12, 44, 13, 45, 14, 46, 15, 47, 28, 60, 29, 61, 30, 62, 31, 63};
-      return _mm512_permutexvar_epi8(_mm512_load_si512(kOrder), both);
+      return _mm512_permutexvar_epi8(_mm512_load_si512(kRowsOfTwo), both);
     }
   };
   using Single = SingleDots<2>;
@@ -249,6 +271,56 @@ struct Avx512 {
     alignas(32) static constexpr uint8_t kRows[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
                                                       11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
                                                       22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+  };
+  // The weights of a chunk plus 1, as dot products take them: quads of a row that are weight i of
+  // four even tables, then of four odd ones.
+  struct TritDots {
+    // Bits 0-3: a magnitude of the row's parts; bit 4: the sign in an even table, bit 5: in an odd
+    // one.
+    B even[2], odd[2];
+    explicit TritDots(const uint8_t* codes) {
+      const B order = _mm512_load_si512(kRowsOfTwo), nibble = _mm512_set1_epi8(15);
+      const B parts01 = _mm512_permutexvar_epi8(order, Avx512::load(codes + kTileRows));
+      const B parts23 = _mm512_permutexvar_epi8(order, Avx512::load(codes + 3 * kTileRows));
+      for (int v = 0; v < 2; ++v) {
+        const B parts = v == 0 ? _mm512_unpacklo_epi16(parts01, parts23)
+                               : _mm512_unpackhi_epi16(parts01, parts23);
+        // Bits 2 j and 2 j + 1 of the row's signs, to bits 4 and 5 of byte j.
+        const B signs = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x22201e1c02003e3c),
+                                                     load_bytes(codes + v * kFloats));
+        constexpr int kChoose = 0xE2;  // b ? a : c
+        even[v] = _mm512_ternarylogic_epi32(parts, nibble, signs, kChoose);
+        odd[v] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(parts, 4), nibble, signs, kChoose);
+      }
+    }
+    template <int kQuad, int kVector>
+    B quad() const {
+      return _mm512_permutexvar_epi8(kQuad % 2 == 0 ? even[kVector] : odd[kVector],
+                                     _mm512_load_si512(kTritWeights.of[kQuad]));
+    }
+    static B broadcast(const int8_t* q) {
+      int32_t four;
+      __builtin_memcpy(&four, q, sizeof(four));
+      return _mm512_set1_epi32(four);
+    }
+    // q [96] of a region, and the sum of each chunk's.
+    static void write_integers(const I (&q)[6], int8_t* out, int32_t* sums) {
+      alignas(64) int8_t bytes[128];
+      for (int i = 0; i < 6; ++i) {
+        _mm_store_si128(reinterpret_cast<__m128i*>(bytes + 16 * i), _mm512_cvtepi32_epi8(q[i]));
+      }
+      for (int c = 0; c < 4; ++c) {
+        const __m256i chunk = _mm256_maskz_loadu_epi8(0xffffff, bytes + 24 * c);
+        const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kTritWeights.at));
+        _mm256_mask_storeu_epi8(out + 24 * c, 0xffffff, _mm256_permutexvar_epi8(order, chunk));
+        const __m256i fours =
+            _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), chunk);
+        const __m128i two =
+            _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+        const __m128i one = _mm_add_epi32(two, _mm_unpackhi_epi64(two, two));
+        sums[c] = _mm_cvtsi128_si32(one) + _mm_extract_epi32(one, 1);
+      }
+    }
   };
   // Which of up to four tables side by side a byte looks up (`tables`), and which entry.
   static Index table_indices(B b, B tables) {

@@ -29,6 +29,7 @@ struct Neon {
   static B lookup(B t, B index) { return vqtbl1q_s8(t, vreinterpretq_u8_s8(index)); }
 
   static constexpr int kAccumulators = 16;  // of 32 registers
+  static constexpr int kVectorsTogether = 1;
 
   struct Index {
     B low, high;
@@ -187,6 +188,7 @@ struct Neon {
       vst1q_s32(reinterpret_cast<int32_t*>(out) + 4, vmovl_s16(vget_high_s16(m)));
     }
   };
+  using TritDots = void;
   // The planes of table 0-7, lowest first.
   static void write_multipliers(const int32_t* m, uint32_t* out) {
     for (int t = 0; t < kHalfTables; ++t) out[t] = static_cast<uint32_t>(m[t]) * 0x08040201u;

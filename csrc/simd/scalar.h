@@ -51,6 +51,7 @@ struct Scalar {
   }
 
   static constexpr int kAccumulators = 0;  // one token at a time
+  static constexpr int kVectorsTogether = 1;
 
   struct Index {
     B low, high;
@@ -156,6 +157,7 @@ struct Scalar {
       for (int t = 0; t < kTernaryChunkTables; ++t) out[t] = static_cast<uint32_t>(m.v[t]);
     }
   };
+  using TritDots = void;
 
   static I zero_i() { return I{}; }
   template <int kShift>

@@ -22,19 +22,21 @@ FinishReason = Literal["stop", "length"]
 class Timings:
     """Counts and durations of one generation, the caller's own time between tokens left out.
 
-    ``prompt_seconds`` ends with the first generated token, which prefill yields; ``gen_seconds``
-    is the time of the other ``n_gen - 1``.
+    ``n_cached`` of the prompt's tokens were held already. ``prompt_seconds`` ends with the first
+    generated token, which prefill yields; ``gen_seconds`` is the time of the other ``n_gen - 1``.
     """
 
     n_prompt: int = 0
+    n_cached: int = 0
     prompt_seconds: float = 0.0
     n_gen: int = 0
     gen_seconds: float = 0.0
 
     @property
     def prompt_tps(self) -> float:
-        """Prompt tokens per second."""
-        return self.n_prompt / self.prompt_seconds if self.prompt_seconds > 0 else 0.0
+        """Computed prompt tokens per second."""
+        computed = self.n_prompt - self.n_cached
+        return computed / self.prompt_seconds if self.prompt_seconds > 0 else 0.0
 
     @property
     def gen_tps(self) -> float:
@@ -194,6 +196,7 @@ def stream_tokens(
     started = perf_counter()
     logits = prefill(forward, cache, prompt, progress)
     history: list[int] = [*before, *prompt.tolist()]
+    n_prompt = len(history)
     if drafter is None:
         tokens = decode(forward, cache, logits, sampler, history)
     else:
@@ -217,7 +220,7 @@ def stream_tokens(
                 prompt_seconds = seconds
             else:
                 gen_seconds += seconds
-            timings = Timings(len(prompt), prompt_seconds, n_gen, gen_seconds)
+            timings = Timings(n_prompt, len(before), prompt_seconds, n_gen, gen_seconds)
             yield Token(text, token_id, logprob, reason, timings)
             if reason:
                 return

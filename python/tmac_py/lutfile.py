@@ -92,6 +92,12 @@ class LutFile:
         }
 
     @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that tell this model from others: of the tensors' checksums."""
+        sums = "".join(f"{entry.name} {entry.xxh3}\n" for entry in self.tensors.values())
+        return xxhash.xxh3_128_hexdigest(sums.encode())
+
+    @property
     def nbytes(self) -> int:
         """Size of the file."""
         return self._header.data_start + sum(entry.nbytes for entry in self.tensors.values())
@@ -112,7 +118,7 @@ class LutFile:
         return None if entry is None else self._bytes(entry).view("<i4")
 
     def float(self, name: str) -> NDArray[np.float32]:
-        """A float32 vector. Raises KeyError if there is none of that name."""
+        """A float32 vector, or a layer's router. Raises KeyError if there is none of that name."""
         entry = self.tensors[name]
         if entry.kind != "float":
             raise KeyError(name)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,26 +17,25 @@ from tmac_py.config import ModelConfig
 from tmac_py.decoder import build_decoder
 from tmac_py.decoding import PREFILL_CHUNK
 from tmac_py.errors import ContextError, ModelFileError, OptionError, TmacError
-from tmac_py.generate import Result, Token, check_stop, stream_tokens
+from tmac_py.generate import Result, Token
 from tmac_py.generation_defaults import load_defaults
 from tmac_py.lutfile import LutFile
 from tmac_py.pool import thread_pool
-from tmac_py.sampling import (
-    LogitsProcessor,
-    Sampler,
-    SamplingParams,
-    check_processors,
-    new_seed,
-)
+from tmac_py.sampling import new_seed
+from tmac_py.session import Session
 from tmac_py.spec import Tables
-from tmac_py.tokenizer import IncrementalDecoder, Tokenizer
+from tmac_py.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tmac_py.options import GenerationOptions
 
 _BUSY = "in use by another thread"
 """What the core says of such a cache."""
 
 Ids = NDArray[np.int32]
 Logits = NDArray[np.float32]
-Progress = Callable[[int, int], None]
 
 
 class Model:
@@ -268,28 +267,17 @@ class Model:
         )
         return self.tokenizer.encode(text, add_special=False)
 
+    def new_session(self, n_ctx: int = 0, kv: str = "f16") -> Session:
+        """An empty :class:`tmac_py.session.Session`; arguments and errors as :meth:`new_cache`."""
+        return Session(self, n_ctx=n_ctx, kv=kv)
+
     def stream(
         self,
         prompt: str | Sequence[int],
         *,
-        max_tokens: int = 256,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repeat_penalty: float | None = None,
-        repeat_last_n: int | None = None,
-        presence_penalty: float | None = None,
-        frequency_penalty: float | None = None,
-        logit_bias: Mapping[int, float] | None = None,
-        logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
         n_ctx: int = 0,
         kv: str = "f16",
-        cache: _core.KvCache | None = None,
-        trim_space: bool = False,
-        progress: Progress | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Generator[Token, None, None]:
         """Generate token by token. Arguments are checked at once, work starts with the first token.
 
@@ -297,115 +285,40 @@ class Model:
 
         Args:
             prompt: text to continue, or token ids (:meth:`chat_prompt` makes them of messages).
-            max_tokens: the most tokens to generate; -1 = until the answer ends or the context is
-                full.
-            temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, presence_penalty,
-                frequency_penalty, logit_bias, seed: see
-                :class:`tmac_py.sampling.SamplingParams`; None = as the model's makers want it
-                (``sampling_defaults``), else as there.
-            logits_processor: one or several functions that are called before every token with the
-                ids of prompt and answer so far, int32 [n], and the logits, float32 [vocab], which
-                they change in place or replace by those they return.
-            stop: strings that end the answer; they are not part of it.
             n_ctx: size of the context; 0 = what prompt and ``max_tokens`` need, within what the
                 model allows.
-            kv: how a new cache stores keys and values, see :meth:`new_cache`.
-            cache: continue after what this KV cache holds, in place of a new one.
-            trim_space: drop the space with which SentencePiece vocabularies begin an answer.
-            progress: called with (tokens done, all tokens) after each part of the prompt.
+            kv: how keys and values are stored, see :meth:`new_cache`.
+            options: see :class:`tmac_py.options.GenerationOptions`.
 
         Raises:
             ContextError: the prompt leaves no room for an answer.
             OptionError: an argument is not allowed.
             TmacError: the model is closed.
         """
-        given = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repeat_penalty": repeat_penalty,
-            "repeat_last_n": repeat_last_n,
-            "presence_penalty": presence_penalty,
-            "frequency_penalty": frequency_penalty,
-            "logit_bias": logit_bias,
-            "seed": seed,
-        }
-        chosen = {name: value for name, value in given.items() if value is not None}
-        params = SamplingParams(**{**self.sampling_defaults, **chosen})
-        for token in params.logit_bias:
-            check_whole("a token id of logit_bias", token, 0, self.config.vocab_size - 1)
-        processors = check_processors(logits_processor)
-        stop = check_stop(stop)
-        max_tokens = _check_max_tokens(max_tokens)
-        ids = self._prompt_ids(prompt)
-        if cache is not None and n_ctx:
-            raise OptionError("n_ctx and cache exclude each other: a cache has its size")
-        check_kv(kv)
-        size = cache.n_ctx if cache else self._fitting_n_ctx(len(ids), max_tokens, n_ctx)
-        room = _room(size, cache.pos if cache else 0, len(ids), max_tokens)
-        return stream_tokens(
-            self.forward,
-            cache or self.new_cache(size, kv),
-            ids,
-            decoder=IncrementalDecoder(self.tokenizer, trim_space=trim_space),
-            sampler=Sampler(params, processors),
-            eos_ids=frozenset(self.config.eos_token_ids),
-            max_tokens=room,
-            stop=stop,
-            progress=progress,
-        )
+        ids = self.check_prompt(prompt)
+        max_tokens = options.get("max_tokens")
+        if n_ctx == 0 and max_tokens != -1:
+            wanted = len(ids) + (256 if max_tokens is None else max(1, max_tokens))
+            n_ctx = min(self.n_ctx, wanted)
+        return self.new_session(n_ctx, kv).stream(ids.tolist(), **options)
 
     def generate(
         self,
         prompt: str | Sequence[int],
         *,
-        max_tokens: int = 256,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repeat_penalty: float | None = None,
-        repeat_last_n: int | None = None,
-        presence_penalty: float | None = None,
-        frequency_penalty: float | None = None,
-        logit_bias: Mapping[int, float] | None = None,
-        logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
         n_ctx: int = 0,
         kv: str = "f16",
-        cache: _core.KvCache | None = None,
-        trim_space: bool = False,
-        progress: Progress | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Result:
         """The whole answer at once: a ``str`` with ids, finish reason and timings.
 
         Arguments and errors as :meth:`stream`.
         """
-        seed = new_seed() if seed is None else seed
-        tokens = self.stream(
-            prompt,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repeat_penalty=repeat_penalty,
-            repeat_last_n=repeat_last_n,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=logit_bias,
-            logits_processor=logits_processor,
-            seed=seed,
-            stop=stop,
-            n_ctx=n_ctx,
-            kv=kv,
-            cache=cache,
-            trim_space=trim_space,
-            progress=progress,
-        )
-        return Result(list(tokens), seed)
+        if options.get("seed") is None:
+            options["seed"] = new_seed()
+        seed = options["seed"]
+        assert seed is not None
+        return Result(list(self.stream(prompt, n_ctx=n_ctx, kv=kv, **options)), seed)
 
     @property
     def closed(self) -> bool:
@@ -433,6 +346,13 @@ class Model:
             raise TmacError(f"{self.path}: the model is closed")
         return self._decoder
 
+    def check_prompt(self, prompt: str | ArrayLike) -> Ids:
+        """Token ids int32 [n] of a text or of ids, n >= 1.
+
+        Raises OptionError for ids outside the vocabulary, or none.
+        """
+        return self._check_ids(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+
     def _check_ids(self, ids: ArrayLike) -> Ids:
         """``ids`` as int32 [n], n >= 1, all within the vocabulary."""
         try:
@@ -456,31 +376,3 @@ class Model:
         note = " (0 = all the model allows)"
         n_ctx = check_whole("n_ctx", n_ctx, 0, self.n_ctx, note=note, error=ContextError)
         return n_ctx or self.n_ctx
-
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> Ids:
-        return self._check_ids(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
-
-    def _fitting_n_ctx(self, n_prompt: int, max_tokens: int, n_ctx: int) -> int:
-        """Size of a new context: as asked for, else the least that prompt and answer need."""
-        size = self._check_n_ctx(n_ctx)
-        if n_ctx == 0 and max_tokens > 0:
-            return min(size, n_prompt + max_tokens)
-        return size
-
-
-def _room(n_ctx: int, pos: int, n_prompt: int, max_tokens: int) -> int:
-    """The number of tokens that may be generated: ``max_tokens`` as far as the context allows."""
-    room = n_ctx - pos - n_prompt
-    if room < 1:
-        used = f" after the {pos} already there" if pos else ""
-        raise ContextError(
-            f"the prompt has {n_prompt} tokens{used}, the context holds {n_ctx} "
-            "and must leave room for at least one more"
-        )
-    return room if max_tokens == -1 else min(room, max_tokens)
-
-
-def _check_max_tokens(max_tokens: int) -> int:
-    if max_tokens == -1:
-        return -1
-    return check_whole("max_tokens", max_tokens, 1, note=", or -1 (until the context is full)")

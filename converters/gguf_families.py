@@ -1,0 +1,113 @@
+"""What each ``general.architecture`` of a GGUF file means for ModelConfig and for tensor names.
+
+Keys and tensor names are those of llama.cpp (gguf-py, constants.py); what its graphs take for
+granted (llama-model.cpp) is stated here. Norms of Gemma are stored as factors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tmac_py.converters.gguf_container import Metadata
+from tmac_py.errors import UnsupportedError
+from tmac_py.families import ATTENTION
+
+_QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_OUT_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture.
+
+    Attributes:
+        names: parts of tensor names -> parts of Hugging Face names, where not as for "llama".
+        interleaved: whether the halves of every head of q and k alternate, row by row.
+        fields: metadata -> fields of ModelConfig beyond those of all.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    interleaved: bool = False
+    fields: Callable[[Metadata], dict[str, Any]] = lambda _metadata: {}
+
+
+def _llama(metadata: Metadata) -> dict[str, Any]:
+    return {"sliding_window": metadata.get("llama.attention.sliding_window", int, 0)}
+
+
+def _smollm3(metadata: Metadata) -> dict[str, Any]:
+    """Each fourth layer has no RoPE."""
+    layers = _layers(metadata, "smollm3")
+    return {"layers_without_rope": tuple(range(3, layers, 4))}
+
+
+def _gemma2(metadata: Metadata) -> dict[str, Any]:
+    """Every other layer has a window."""
+    return {
+        **_gemma(metadata, "gemma2", layers_of_27b=46),
+        **_windows(metadata, "gemma2", period=2),
+        "attn_logit_softcapping": metadata.get("gemma2.attn_logit_softcapping", float, 50.0),
+        "final_logit_softcapping": metadata.get("gemma2.final_logit_softcapping", float, 30.0),
+    }
+
+
+def _gemma3(metadata: Metadata) -> dict[str, Any]:
+    """Each sixth layer has no window."""
+    fields = _gemma(metadata, "gemma3", layers_of_27b=62)
+    if (cap := metadata.find("gemma3.final_logit_softcapping", float)) is not None:
+        fields["final_logit_softcapping"] = cap
+    return {
+        **fields,
+        **_windows(metadata, "gemma3", period=6),
+        "qk_norm": True,
+        "rope_local_base_freq": metadata.get("gemma3.rope.freq_base_swa", float, 10000.0),
+    }
+
+
+def _gemma(metadata: Metadata, name: str, *, layers_of_27b: int) -> dict[str, Any]:
+    hidden = metadata.get(f"{name}.embedding_length", int)
+    fields: dict[str, Any] = {
+        "out_norms": True,
+        "hidden_act": "gelu_pytorch_tanh",
+        "embedding_scale": float(np.float32(math.sqrt(hidden))),
+    }
+    if _layers(metadata, name) == layers_of_27b:
+        heads = metadata.get(f"{name}.attention.head_count", int)
+        fields["query_pre_attn_scalar"] = float(hidden // max(heads, 1))
+    return fields
+
+
+def _windows(metadata: Metadata, name: str, *, period: int) -> dict[str, Any]:
+    layers = _layers(metadata, name)
+    if f"{name}.attention.sliding_window_pattern" in metadata:
+        raise UnsupportedError(
+            f"metadata key {name}.attention.sliding_window_pattern is not supported"
+        )
+    return {
+        "sliding_window": metadata.get(f"{name}.attention.sliding_window", int, 4096),
+        "full_attention_layers": tuple(range(period - 1, layers, period)),
+    }
+
+
+def _layers(metadata: Metadata, name: str) -> int:
+    return min(metadata.get(f"{name}.block_count", int), 4096)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(interleaved=True, fields=_llama),
+    "qwen2": Architecture(fields=lambda _: {"biases": ATTENTION[:3]}),
+    "qwen3": Architecture(_QK_NORMS, fields=lambda _: {"qk_norm": True}),
+    "smollm3": Architecture(interleaved=True, fields=_smollm3),
+    "gemma2": Architecture(_OUT_NORMS, fields=_gemma2),
+    "gemma3": Architecture({**_OUT_NORMS, **_QK_NORMS}, fields=_gemma3),
+}
+"""``general.architecture`` -> what it means."""

@@ -1,0 +1,225 @@
+"""One text in a model's memory: its tokens and what was computed for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tmac_py.checks import check_whole
+from tmac_py.decoding import Ids
+from tmac_py.errors import ContextError, OptionError, TmacError
+from tmac_py.generate import Result, Token, check_stop, stream_tokens
+from tmac_py.options import SAMPLING_OPTIONS, GenerationOptions, given_options
+from tmac_py.sampling import Sampler, SamplingParams, check_processors, new_seed
+from tmac_py.sessionfile import read_session, write_session
+from tmac_py.speculative import Drafter, DraftModel, PromptLookup
+from tmac_py.tokenizer import IncrementalDecoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tmac_py.model import Model
+
+
+class Session:
+    """A text that grows: made by ``Model.new_session``, ``load`` or ``fork``.
+
+    Of each prompt, what the session already holds of its beginning is not computed again. A session
+    is used by one thread at a time; a model serves any number of them.
+    """
+
+    def __init__(self, model: Model, *, n_ctx: int = 0, kv: str = "f16") -> None:
+        """With room for ``n_ctx`` tokens; arguments and errors as ``Model.new_cache``."""
+        self._model = model
+        self._kv = kv
+        self._cache = model.new_cache(n_ctx, kv)
+        self._ids: list[int] = []
+        self._lock = threading.Lock()
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The tokens held: of the last prompt and answer all but the last token."""
+        return tuple(self._ids)
+
+    @property
+    def n_ctx(self) -> int:
+        """The most tokens there is room for, prompt and answer together."""
+        return self._cache.n_ctx
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of keys and values when the context is full."""
+        return self._cache.nbytes
+
+    def stream(
+        self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]
+    ) -> Generator[Token, None, None]:
+        """Generate token by token after ``prompt``, which is the whole text from its beginning.
+
+        Arguments are checked at once, work starts with the first token. The generator may be closed
+        at any token; the session then holds what was said so far.
+
+        Args:
+            prompt: text, or token ids (``Model.chat_prompt`` makes them of messages).
+            options: see :class:`tmac_py.options.GenerationOptions`.
+
+        Raises:
+            ContextError: the prompt leaves no room for an answer.
+            OptionError: an option is not allowed.
+            TmacError: the model is closed, or another thread uses the session.
+        """
+        given = given_options(options)
+        model = self._model
+        ids = model.check_prompt(prompt)
+        max_tokens = _check_max_tokens(given.get("max_tokens", 256))
+        room = self._room(len(ids), max_tokens)
+        sampling = {name: given[name] for name in SAMPLING_OPTIONS if name in given}
+        params = SamplingParams(**{**model.sampling_defaults, **sampling})
+        for token in params.logit_bias:
+            check_whole("a token id of logit_bias", token, 0, model.config.vocab_size - 1)
+        processors = check_processors(given.get("logits_processor", ()))
+        return self._stream(
+            ids,
+            decoder=IncrementalDecoder(model.tokenizer, trim_space=given.get("trim_space", False)),
+            sampler=Sampler(params, processors),
+            eos_ids=frozenset(model.config.eos_token_ids),
+            max_tokens=room,
+            stop=check_stop(given.get("stop", ())),
+            drafter=self._drafter(given.get("draft", "lookup"), len(ids) + room),
+            progress=given.get("progress"),
+        )
+
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> Result:
+        """The whole answer at once: a ``str`` with ids, finish reason and timings.
+
+        Arguments and errors as :meth:`stream`.
+        """
+        if options.get("seed") is None:
+            options["seed"] = new_seed()
+        seed = options["seed"]
+        assert seed is not None
+        return Result(list(self.stream(prompt, **options)), seed)
+
+    def truncate(self, n: int) -> None:
+        """Forget all but the first ``n`` tokens. OptionError if there are fewer."""
+        check_whole("n", n, 0, len(self._ids))
+        with self._alone():
+            self._cache.truncate(n)
+            del self._ids[n:]
+
+    def fork(self) -> Session:
+        """Another session that holds the same; both go on for themselves."""
+        with self._alone():
+            other = object.__new__(Session)
+            other._model, other._kv = self._model, self._kv
+            other._cache = self._cache.fork()
+            other._ids = list(self._ids)
+            other._lock = threading.Lock()
+            return other
+
+    def save(self, path: str | Path) -> None:
+        """Write what is held to a file, which :meth:`load` takes with the same model.
+
+        Raises OSError if it cannot be written; a file that was there then stays as it was.
+        """
+        with self._alone():
+            ids = np.array(self._ids, dtype=np.int32)
+            state = self._cache.state()
+            write_session(Path(path), self._model.file.fingerprint, self._kv, ids, state)
+
+    @classmethod
+    def load(
+        cls, model: Model, path: str | Path, *, n_ctx: int = 0, kv: str | None = None
+    ) -> Session:
+        """A session that goes on where one was saved.
+
+        Args:
+            model: the one it was saved with.
+            path: the file.
+            n_ctx: room for so many tokens; 0 = all the model allows.
+            kv: as it was saved, or None.
+
+        Raises:
+            ModelFileError: the file is missing, damaged, or of another model.
+            ContextError: it holds more than ``n_ctx`` tokens.
+            OptionError: ``kv`` is another than it was saved with.
+        """
+        saved_kv, ids, state = read_session(Path(path), model.file.fingerprint)
+        if kv is not None and kv != saved_kv:
+            raise OptionError(f"{path}: saved with kv {saved_kv}; allowed: that, not {kv!r}")
+        session = cls(model, n_ctx=n_ctx, kv=saved_kv)
+        if len(ids) > session.n_ctx:
+            raise ContextError(
+                f"{path}: holds {len(ids)} tokens, the context has room for {session.n_ctx}"
+            )
+        session._cache.restore(state)
+        session._ids = ids.tolist()
+        return session
+
+    def _stream(self, prompt: Ids, **how: Any) -> Generator[Token, None, None]:
+        with self._alone():
+            known = self._known(prompt)
+            self._cache.truncate(known)
+            del self._ids[known:]
+            text: list[int] = prompt.tolist()
+            tokens = stream_tokens(
+                self._model.forward, self._cache, prompt[known:], before=text[:known], **how
+            )
+            try:
+                with closing(tokens):
+                    for token in tokens:
+                        text.append(token.id)
+                        yield token
+            finally:
+                self._ids = text[: self._cache.pos]
+
+    def _known(self, prompt: Ids) -> int:
+        """Tokens of ``prompt`` that need not be computed: its last one always does."""
+        held = np.array(self._ids[: len(prompt) - 1], dtype=np.int32)
+        differing = np.flatnonzero(held != prompt[: len(held)])
+        return int(differing[0]) if len(differing) else len(held)
+
+    def _room(self, n_prompt: int, max_tokens: int) -> int:
+        """Tokens that may be generated: ``max_tokens`` as far as the context allows."""
+        room = self.n_ctx - n_prompt
+        if room < 1:
+            raise ContextError(
+                f"the prompt has {n_prompt} tokens, the context holds {self.n_ctx} "
+                "and must leave room for at least one more"
+            )
+        return room if max_tokens == -1 else min(room, max_tokens)
+
+    def _drafter(self, draft: str | Model, n_ctx: int) -> Drafter | None:
+        if draft == "none":
+            return None
+        if draft == "lookup":
+            return PromptLookup()
+        if isinstance(draft, str) or not hasattr(draft, "new_cache"):
+            raise OptionError(f"draft is {draft!r}; allowed: 'lookup', 'none', or a Model")
+        if draft.tokenizer.vocab_size != self._model.tokenizer.vocab_size:
+            raise OptionError(
+                f"{draft.path}: a vocabulary of {draft.tokenizer.vocab_size} tokens; a draft model "
+                f"needs that of {self._model.path}, {self._model.tokenizer.vocab_size}"
+            )
+        return DraftModel(draft.forward, draft.new_cache(min(n_ctx, draft.n_ctx)))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """TmacError if the session is in use."""
+        if not self._lock.acquire(blocking=False):
+            raise TmacError("this session is in use: an answer is under way (close its stream)")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+def _check_max_tokens(max_tokens: int) -> int:
+    if max_tokens == -1:
+        return -1
+    return check_whole("max_tokens", max_tokens, 1, note=", or -1 (until the context is full)")

@@ -1,0 +1,168 @@
+"""GGUF files of other architectures than llama: the same model as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tiny_checkpoints import interleave, write_gguf, write_hf
+from tmac_py import Model
+from tmac_py.config import ModelConfig
+from tmac_py.converters import convert, open_checkpoint
+from tmac_py.errors import UnsupportedError
+from tmac_py.families import FAMILIES
+
+Weights = dict[str, NDArray[np.float32]]
+
+GEMMA = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str, names: dict[str, str]) -> str:
+    stem, _, kind = name.rpartition(".")
+    if not stem.startswith("model.layers."):
+        return f"{names[stem]}.{kind}"
+    _, _, layer, part = stem.split(".", 3)
+    return f"blk.{layer}.{names[part]}.{kind}"
+
+
+def write(path: Path, name: str, config: ModelConfig, weights: Weights, **extra: Any) -> Path:
+    """The model as llama.cpp's converter writes it, in floats."""
+    names = {**NAMES, **(GEMMA if config.out_norms else {})}
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    tensors = {}
+    for tensor, w in weights.items():
+        n_heads = heads.get(tensor.split(".")[-2]) if name == "smollm3" else None
+        stored = w if n_heads is None else interleave(w, n_heads)
+        tensors[gguf_name(tensor, names)] = (np.ascontiguousarray(stored), "F32")
+    metadata: dict[str, Any] = {
+        f"{name}.embedding_length": config.hidden_size,
+        f"{name}.feed_forward_length": config.intermediate_size,
+        f"{name}.block_count": config.num_hidden_layers,
+        f"{name}.attention.head_count": config.num_attention_heads,
+        f"{name}.attention.head_count_kv": config.num_key_value_heads,
+        f"{name}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        f"{name}.attention.key_length": config.head_dim,
+        f"{name}.attention.value_length": config.head_dim,
+        f"{name}.context_length": config.max_position_embeddings,
+        f"{name}.rope.freq_base": config.rope_theta,
+        **{f"{name}.{key}": value for key, value in extra.items()},
+    }
+    none = {f"llama.{key.partition('.')[2]}": None for key in metadata}
+    none["llama.rope.dimension_count"] = None
+    return write_gguf(path, config, tensors, {**none, **metadata}, architecture=name)
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 7,
+    "head_dim": 16,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000.0,
+    "tie_word_embeddings": False,
+}
+WINDOW = {"attention.sliding_window": 7}
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen2": ({}, {}),
+    "qwen3": ({}, {}),
+    "smollm3": ({}, {}),
+    "gemma2": (
+        {
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 7,
+            "attn_logit_softcapping": 4.0,
+            "tie_word_embeddings": True,
+        },
+        {**WINDOW, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 30.0},
+    ),
+    "gemma3": (
+        {
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 7,
+            "rope_local_base_freq": 100.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+        {
+            **WINDOW,
+            "rope.freq_base_swa": 100.0,
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 4.0,
+        },
+    ),
+}
+"""Keys of config.json, keys of the GGUF file."""
+
+
+def both(tmp_path: Path, name: str) -> tuple[Path, Path]:
+    """The same random model as a folder and as a GGUF file."""
+    keys, metadata = MODELS[name]
+    model_type = "gemma3_text" if name == "gemma3" else name
+    values = {"model_type": model_type, "architectures": ["XForCausalLM"], **SIZES, **keys}
+    config = ModelConfig.from_hf(values)
+    rng = np.random.default_rng(0)
+    weights: Weights = {}
+    for tensor, shape in config.tensor_shapes().items():
+        if len(shape) == 2:
+            weights[tensor] = rng.normal(0, 0.2, shape).astype(np.float32)
+        else:  # 1 and less than 1 are exact in float32
+            steps = rng.integers(-300, 300, shape) / 1024
+            weights[tensor] = (steps + ("norm" in tensor)).astype(np.float32)
+    offset = FAMILIES[model_type].norm_offset
+    stored = {n: w - np.float32(offset) if "norm" in n else w for n, w in weights.items()}
+    folder = write_hf(tmp_path / "hf", stored, values)
+    return folder, write(tmp_path / "m.gguf", name, config, weights, **metadata)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_gguf_file_is_the_same_model_as_a_folder(tmp_path: Path, name: str) -> None:
+    folder, file = both(tmp_path, name)
+    ours, theirs = open_checkpoint(folder).config.to_dict(), open_checkpoint(file).config.to_dict()
+    ours.pop("query_pre_attn_scalar", None)  # 16, which is head_dim: a GGUF file does not say it
+    assert theirs == ours
+    for source in (folder, file):
+        convert(source, tmp_path / f"{source.name}.lut", bits=8, head_bits=8, group_size=32)
+    ids = np.random.default_rng(1).integers(0, SIZES["vocab_size"], 40)
+    with Model.load(tmp_path / "hf.lut") as a, Model.load(tmp_path / "m.gguf.lut") as b:
+        assert np.array_equal(a.logits(ids), b.logits(ids))
+        assert a.logits(ids).std() > 0.1
+
+
+def test_settings_that_are_refused(tmp_path: Path) -> None:
+    _, metadata = MODELS["gemma3"]
+    config = ModelConfig.from_hf({"model_type": "gemma3_text", **SIZES})
+    weights = {n: np.ones(s, np.float32) for n, s in config.tensor_shapes().items()}
+    for extra, text in (
+        ({"attention.sliding_window_pattern": 3}, "sliding_window_pattern is not supported"),
+        ({"rope.dimension_count": 8}, r"gemma3\.rope\.dimension_count is 8: only the full head"),
+    ):
+        path = write(tmp_path / "m.gguf", "gemma3", config, weights, **{**metadata, **extra})
+        with pytest.raises(UnsupportedError, match=text):
+            open_checkpoint(path)
