@@ -22,6 +22,7 @@ __all__ = [
     "Progress",
     "QuantOptions",
     "Reader",
+    "check_codebooks",
     "convert",
     "convert_checkpoint",
     "open_checkpoint",
@@ -115,7 +116,7 @@ def convert(
     where = source if str(source).startswith(SCHEME) else Path(source)
     if lora is not None:
         checkpoint = merge_lora(checkpoint, Path(lora))
-    _check_codebooks(source, checkpoint, requantize)
+    check_codebooks(source, checkpoint, requantize=requantize)
     _refuse_idle(source, checkpoint, options, list(given))
     if warn is not None:
         for text in checkpoint.warnings:
@@ -125,8 +126,11 @@ def convert(
         work(checkpoint, out, options, progress=progress)
 
 
-def _check_codebooks(source: str | Path, checkpoint: Checkpoint, requantize: bool) -> None:
-    """Codes that are not evenly spaced are given up only where the user says so."""
+def check_codebooks(source: str | Path, checkpoint: Checkpoint, *, requantize: bool) -> None:
+    """Codes that are not evenly spaced are given up only where the user says so.
+
+    Raises UnsupportedError.
+    """
     stored = [f"{t.name} {t.codebook}" for t in checkpoint.tensors if t.codebook]
     if stored and not requantize:
         raise UnsupportedError(

@@ -74,26 +74,54 @@ def parse_id(source: str) -> HubId | None:
 def fetch(hub_id: HubId, *, quiet: bool = True) -> tuple[Path, str]:
     """The folder or GGUF file in the cache, complete, and ``org/name@commit`` (``:FILE`` of GGUF).
 
-    Without a connection, or with HF_HUB_OFFLINE=1, what the cache has. ``quiet``: no bars.
+    ``quiet``: no bars. Otherwise as :func:`locate`.
+    """
+    return locate(hub_id).fetch(quiet=quiet)
+
+
+def locate(hub_id: HubId, *, offline: bool = False) -> Located:
+    """What ``hub_id`` means today, found without fetching weights.
+
+    Without a connection, or with ``offline`` or HF_HUB_OFFLINE=1, what the cache has.
 
     Raises ModelFileError for a repository that cannot be had, and for a choice of GGUF files that
     is not one; UnsupportedError for a repository without safetensors or GGUF files.
     """
-    with _bars(quiet=quiet):
-        snapshot = _Snapshot.find(hub_id)
-        ggufs = [name for name in snapshot.names if name.endswith(".gguf")]
-        folder = "config.json" in snapshot.names and any(
-            name.endswith(".safetensors") for name in snapshot.names
-        )
-        if hub_id.choice is not None or (ggufs and not folder):
-            chosen = _choose(hub_id, ggufs)
-            path = snapshot.fetch([chosen]) / chosen
-            return path, f"{hub_id.name}@{snapshot.commit}:{chosen}"
-        if not folder:
-            raise _nothing_to_read(hub_id, snapshot.names)
-        path = snapshot.fetch([name for name in _SMALL if name in snapshot.names])
-        snapshot.fetch(_weights(path, snapshot.names))
-        return path, f"{hub_id.name}@{snapshot.commit}"
+    with _bars(quiet=True):
+        snapshot = _Snapshot.find(hub_id, offline=offline)
+    ggufs = [name for name in snapshot.names if name.endswith(".gguf")]
+    folder = "config.json" in snapshot.names and any(
+        name.endswith(".safetensors") for name in snapshot.names
+    )
+    if hub_id.choice is not None or (ggufs and not folder):
+        return Located(hub_id, snapshot, _choose(hub_id, ggufs))
+    if not folder:
+        raise _nothing_to_read(hub_id, snapshot.names)
+    return Located(hub_id, snapshot, None)
+
+
+class Located:
+    """A folder (``gguf`` None) or a GGUF file at one commit of a repository."""
+
+    def __init__(self, hub_id: HubId, snapshot: _Snapshot, gguf: str | None) -> None:
+        self._id, self._snapshot, self._gguf = hub_id, snapshot, gguf
+
+    @property
+    def name(self) -> str:
+        """``org/name@commit``, and ``:FILE`` of GGUF files."""
+        file = "" if self._gguf is None else f":{self._gguf}"
+        return f"{self._id.name}@{self._snapshot.commit}{file}"
+
+    def fetch(self, *, quiet: bool = True) -> tuple[Path, str]:
+        """The folder or file in the cache, complete, and its name. ``quiet``: no bars."""
+        snapshot = self._snapshot
+        with _bars(quiet=quiet):
+            if self._gguf is not None:
+                path = snapshot.fetch([self._gguf]) / self._gguf
+            else:
+                path = snapshot.fetch([name for name in _SMALL if name in snapshot.names])
+                snapshot.fetch(_weights(path, snapshot.names))
+        return path, self.name
 
 
 class _Snapshot:
@@ -107,10 +135,12 @@ class _Snapshot:
         self._cached = cached
 
     @classmethod
-    def find(cls, hub_id: HubId) -> _Snapshot:
+    def find(cls, hub_id: HubId, *, offline: bool) -> _Snapshot:
         from huggingface_hub import HfApi, snapshot_download
 
         try:
+            if offline:
+                raise ConnectionError("downloads are switched off")
             info = HfApi().model_info(hub_id.name, revision=hub_id.revision)
         except Exception as error:  # those of whatever HTTP library the client uses, too
             try:

@@ -290,7 +290,8 @@ def test_prompts_that_cannot_be_read(run, lut, tmp_path):
     assert re.search(r"the prompt has \d+ tokens, the context holds 96", long[2])
 
 
-def test_models_that_are_none(run, tmp_path):
+def test_models_that_are_none(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMAC_CACHE", str(tmp_path / "cache"))
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF" + bytes(60))
     safetensors = tmp_path / "model.safetensors"
@@ -298,9 +299,9 @@ def test_models_that_are_none(run, tmp_path):
     text = tmp_path / "text.lut"
     text.write_text("hello")
     for path, wanted in (
-        (gguf, f"{gguf}: a GGUF file, not a .lut file; convert it with tmac-convert"),
+        (gguf, f"{gguf}: broken GGUF file"),
         (safetensors, "a safetensors file, but not a .lut; convert a checkpoint with tmac-convert"),
-        (tmp_path, "a folder, not a .lut file; convert a Hugging Face folder with tmac-convert"),
+        (tmp_path, "a folder without config.json"),
         (tmp_path / "none.lut", "no such file; models with a name: smollm2-135m"),
         (tmp_path / "none.gguf", "no such file"),
         (text, "not a .lut file"),

@@ -377,7 +377,7 @@ def test_another_format_does_not_use_the_cached_file(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = {cached_path(NAME, cache)}
-    for attribute in ("FORMAT_VERSION", "_RECIPE"):
+    for attribute in ("FORMAT_VERSION", "RECIPE"):
         monkeypatch.setattr(default_model, attribute, 99)
         names.add(cached_path(NAME, cache))
     assert len(names) == 3

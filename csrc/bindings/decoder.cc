@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "bindings/linear.h"
+#include "model/step_times.h"
 
 namespace tmac {
 namespace {
@@ -150,7 +151,7 @@ std::unique_ptr<PyDecoder> make_decoder(const py::object& embed_tokens, const py
 }
 
 py::array_t<float> forward(PyDecoder& self, const py::list& batch, ThreadPool& pool,
-                           const std::string& logits) {
+                           const std::string& logits, StepTimes* times) {
   check_argument(logits == "last" || logits == "all", "logits must be 'last' or 'all', not '",
                  logits, "'");
   const bool all = logits == "all";
@@ -168,7 +169,7 @@ py::array_t<float> forward(PyDecoder& self, const py::list& batch, ThreadPool& p
   py::array_t<float> out({rows, self.decoder->vocab()});
   float* data = out.mutable_data();
   py::gil_scoped_release release;
-  self.decoder->forward(sequences, all, pool, data);
+  self.decoder->forward(sequences, all, pool, data, times);
   return out;
 }
 
@@ -178,6 +179,19 @@ void bind_decoder(py::module_& module) {
   py::class_<ThreadPool>(module, "ThreadPool", "A team of threads that models share.")
       .def(py::init<int>(), "threads"_a)
       .def_property_readonly("threads", &ThreadPool::threads);
+
+  py::class_<StepTimes>(module, "StepTimes", "Adds up what the parts of steps take.")
+      .def(py::init<>())
+      .def_property_readonly(
+          "seconds",
+          [](const StepTimes& self) {
+            py::dict seconds;
+            for (size_t i = 0; i < self.seconds().size(); ++i) {
+              seconds[StepTimes::kNames[i]] = self.seconds()[i];
+            }
+            return seconds;
+          },
+          "By name of the part, in order.");
 
   py::class_<PyDecoder>(module, "Decoder",
                         "Const weights of one model; shared by every cache and thread.")
@@ -189,6 +203,7 @@ void bind_decoder(py::module_& module) {
       .def_property_readonly("vocab_size",
                              [](const PyDecoder& self) { return self.decoder->vocab(); })
       .def("forward", &forward, "batch"_a, "pool"_a, py::kw_only(), "logits"_a = "last",
+           "times"_a = py::none(),
            "Appends to each cache its ids; logits of the last of each, or of all ids.");
 }
 

@@ -179,8 +179,8 @@ std::vector<Token> Decoder::check_batch(const std::vector<Sequence>& batch) cons
   return tokens;
 }
 
-void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool,
-                      float* logits) {
+void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool, float* logits,
+                      StepTimes* times) {
   kernels();  // throws, if it must, before the threads set out
   for (size_t i = 0; i < batch.size(); ++i) {
     for (size_t j = 0; j < i; ++j) {
@@ -213,7 +213,7 @@ void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& 
     while (output < outputs.size() && outputs[output] < end) ++output;
     const auto count = static_cast<int64_t>(output - here);
     pool.run([&](Team& team) {
-      Pass pass(*this, *activations, team, tokens.data() + first, end - first);
+      Pass pass(*this, *activations, team, tokens.data() + first, end - first, times);
       pass.embed();
       for (size_t i = 0; i < weights_.layers.size(); ++i) pass.layer(i);
       pass.head(outputs.data() + here, count, first, logits + static_cast<int64_t>(here) * vocab());

@@ -105,6 +105,7 @@ struct Sequence {
 };
 
 struct Activations;
+class StepTimes;
 struct Token;
 
 // One model: const weights, shared by every cache and thread.
@@ -120,8 +121,9 @@ class Decoder {
   // weights. logits: [batch, vocab] of the last tokens, or [tokens of all sequences, vocab] if
   // `all`. Throws std::invalid_argument for an id outside the vocabulary and for a cache that is of
   // another shape, has no room or stands twice in the batch, std::runtime_error for one that is in
-  // use; all caches are then unchanged.
-  void forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool, float* logits);
+  // use; all caches are then unchanged. `times`, unless null, adds up what the parts take.
+  void forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool, float* logits,
+               StepTimes* times = nullptr);
 
  private:
   struct Pass;

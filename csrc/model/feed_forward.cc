@@ -10,8 +10,11 @@ void Decoder::Pass::feed_forward(const LayerWeights& w, const LayerPlans& layer_
   const FeedForward& f = w.feed_forwards[0];
   const FeedForwardPlans& plans = layer_plans.feed_forwards[0];
   norm_into_inputs(a.x.data(), w.feed_forward_norm, hidden, plans.gate_up, a.inputs);
+  ended(Part::kInputs);
   multiply_gated(f, plans, w.ffn_sub_norm, n);
+  ended(Part::kGateUp);
   multiply_add(f.down, f.down_bias, w.feed_forward_out_norm, a.down_inputs, plans.down);
+  ended(Part::kDown);
 }
 
 // act(gate . y) * (up . y), or the norm of that, of `count` tokens y as inputs of down.

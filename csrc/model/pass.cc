@@ -29,23 +29,30 @@ void Decoder::Pass::embed() {
       }
     }
   });
+  ended(Part::kEmbed);
 }
 
 void Decoder::Pass::layer(size_t i) {
   const LayerWeights& w = weights.layers[i];
   const LayerPlans& plans = model.plans_[i];
   norm_into_inputs(a.x.data(), w.input_norm, hidden, plans.qkv, a.inputs);
+  ended(Part::kInputs);
   multiply(a.inputs, plans.qkv,
            {{w.q, w.q_bias, a.q.data()}, {w.k, w.k_bias, a.k.data()}, {w.v, w.v_bias, a.v.data()}},
            n);
+  ended(Part::kQkv);
   norm_and_clip(w);
   store_keys_and_values(static_cast<int64_t>(i));
+  ended(Part::kStore);
   attend(static_cast<int64_t>(i), plans.o);
+  ended(Part::kAttention);
   multiply_add(w.o, w.o_bias, w.attention_out_norm, a.inputs, plans.o);
+  ended(Part::kOut);
   if (w.router == nullptr) {
     feed_forward(w, plans);
   } else {
     mix_experts(i);
+    ended(Part::kExperts);
   }
 }
 
@@ -53,6 +60,7 @@ void Decoder::Pass::head(const int64_t* outputs, int64_t count, int64_t first, f
   if (count == 0) return;
   norm_into_inputs(a.x.data(), weights.final_norm, hidden, model.head_plan_, a.head_inputs(), count,
                    [&](int64_t i) { return outputs[i] - first; });
+  ended(Part::kInputs);
   multiply(a.head_inputs(), model.head_plan_, {{weights.lm_head, nullptr, logits}}, count);
   if (config.logits_softcap > 0) {
     constexpr int64_t kPiece = 4096;
@@ -62,6 +70,7 @@ void Decoder::Pass::head(const int64_t* outputs, int64_t count, int64_t first, f
                    config.logits_softcap);
     });
   }
+  ended(Part::kHead);
 }
 
 // y[t, begin..end) += bias[begin..end); rows of y are `stride` apart.

@@ -6,6 +6,7 @@
 
 #include "model/activations.h"
 #include "model/decoder.h"
+#include "model/step_times.h"
 
 namespace tmac {
 
@@ -20,10 +21,17 @@ struct Token {
 // team sees it. The tokens of one sequence stand together, in order.
 struct Decoder::Pass {
  public:
+  // `step_times` or null.
   Pass(const Decoder& decoder, Activations& activations, Team& members, const Token* first_token,
-       int64_t n_tokens)
-      : model(decoder), a(activations), team(members), tokens(first_token), n(n_tokens) {
+       int64_t n_tokens, StepTimes* step_times)
+      : model(decoder),
+        a(activations),
+        team(members),
+        tokens(first_token),
+        n(n_tokens),
+        times(members.thread() == 0 ? step_times : nullptr) {
     share_out();
+    if (times != nullptr) times->begin();
   }
 
   void embed();
@@ -46,6 +54,10 @@ struct Decoder::Pass {
   };
   static constexpr int64_t kShortContext = 1024;  // keys and values of a head stay in cache
 
+  // Takes note that a part ends here.
+  void ended(Part part) const {
+    if (times != nullptr) times->end(part);
+  }
   // pass.cc
   template <typename TokenAt, typename Visit>
   void norm_tokens(const float* x, const float* weight, int64_t width, int64_t count,
@@ -106,6 +118,7 @@ struct Decoder::Pass {
   Team& team;
   const Token* const tokens;  // [n]
   const int64_t n;
+  StepTimes* const times;     // of the thread that called, or null
   std::vector<int64_t> runs;  // where runs of tokens that are worked on together begin, and n
   int64_t heads_at_once = 1;
   bool by_part = false;

@@ -161,6 +161,13 @@ class RopeTables(TypedDict):
     long_inv_freq: NDArray[np.float32] | None
     original_context: int
 
+class StepTimes:
+    """Adds up what the parts of steps take."""
+
+    def __init__(self) -> None: ...
+    @property
+    def seconds(self) -> dict[str, float]: ...
+
 class Decoder:
     """Const weights of one model; shared by every cache and thread."""
 
@@ -196,6 +203,7 @@ class Decoder:
         pool: ThreadPool,
         *,
         logits: Literal["last", "all"] = "last",
+        times: StepTimes | None = None,
     ) -> NDArray[np.float32]: ...
 
 class KvCache:

@@ -229,6 +229,20 @@ def _measure(model: Model, workload: Workload, repetitions: int) -> Measurement:
     )
 
 
+def profile(model: Model, n_gen: int, depth: int = 0) -> dict[str, float]:
+    """Seconds of each part of a decode step after ``depth`` tokens: the mean of ``n_gen`` steps.
+
+    Raises ContextError where these do not fit the model's context.
+    """
+    cache = model.new_cache(depth + n_gen + 1)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, depth + n_gen + 1)
+    prefill(model.forward, cache, ids[: depth + 1].astype(np.int32))
+    times = _core.StepTimes()
+    for i in range(depth + 1, depth + n_gen + 1):
+        model.forward_batch([ids[i : i + 1]], [cache], times=times)
+    return {part: seconds / n_gen for part, seconds in times.seconds.items() if seconds > 0}
+
+
 def peak_memory_bytes() -> int | None:
     """The most memory this process has had resident so far, mapped files included."""
     try:

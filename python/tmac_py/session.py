@@ -31,6 +31,10 @@ class Session:
 
     Of each prompt, what the session already holds of its beginning is not computed again. A session
     is used by one thread at a time; a model serves any number of them.
+
+    Attributes:
+        note: any text, such as the messages of a chat as JSON; ``save``, ``load`` and ``fork`` keep
+            it.
     """
 
     def __init__(self, model: Model, *, n_ctx: int = 0, kv: str = "f16") -> None:
@@ -39,6 +43,7 @@ class Session:
         self._kv = kv
         self._cache = model.new_cache(n_ctx, kv)
         self._ids: list[int] = []
+        self.note = ""
         self._lock = threading.Lock()
 
     @property
@@ -119,6 +124,7 @@ class Session:
             other._model, other._kv = self._model, self._kv
             other._cache = self._cache.fork()
             other._ids = list(self._ids)
+            other.note = self.note
             other._lock = threading.Lock()
             return other
 
@@ -130,7 +136,8 @@ class Session:
         with self._alone():
             ids = np.array(self._ids, dtype=np.int32)
             state = self._cache.state()
-            write_session(Path(path), self._model.file.fingerprint, self._kv, ids, state)
+            fingerprint = self._model.file.fingerprint
+            write_session(Path(path), fingerprint, self._kv, ids, state, self.note)
 
     @classmethod
     def load(
@@ -149,7 +156,7 @@ class Session:
             ContextError: it holds more than ``n_ctx`` tokens.
             OptionError: ``kv`` is another than it was saved with.
         """
-        saved_kv, ids, state = read_session(Path(path), model.file.fingerprint)
+        saved_kv, ids, state, note = read_session(Path(path), model.file.fingerprint)
         if kv is not None and kv != saved_kv:
             raise OptionError(f"{path}: saved with kv {saved_kv}; allowed: that, not {kv!r}")
         session = cls(model, n_ctx=n_ctx, kv=saved_kv)
@@ -159,6 +166,7 @@ class Session:
             )
         session._cache.restore(state)
         session._ids = ids.tolist()
+        session.note = note
         return session
 
     def _stream(self, prompt: Ids, **how: Any) -> Generator[Token, None, None]:

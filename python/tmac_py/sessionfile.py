@@ -1,4 +1,4 @@
-"""Saved sessions: a safetensors file with the tokens of a text, their keys and values."""
+"""Saved sessions: a safetensors file with the tokens of a text, their keys and values, a note."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ from tmac_py.errors import ModelFileError
 
 _FORMAT = "tmac-session-1"
 _MAX_HEADER_BYTES = 1 << 16
+_PARTS = ("ids", "state", "note")
 
 State = NDArray[np.uint8]
 
 
-def write_session(path: Path, fingerprint: str, kv: str, ids: Ids, state: State) -> None:
+def write_session(
+    path: Path, fingerprint: str, kv: str, ids: Ids, state: State, note: str = ""
+) -> None:
     """Write ``ids`` int32 [n] and ``state`` uint8 (of the core's KvCache) to ``path``, or nothing.
 
     ``fingerprint`` is the model's. Raises OSError.
     """
-    data = ids.astype("<i4").tobytes() + state.tobytes()
+    middle, end = 4 * len(ids), 4 * len(ids) + len(state)
+    data = ids.astype("<i4").tobytes() + state.tobytes() + note.encode()
     header = {
         "__metadata__": {
             "format": _FORMAT,
@@ -34,8 +38,9 @@ def write_session(path: Path, fingerprint: str, kv: str, ids: Ids, state: State)
             "kv": kv,
             "xxh3": xxhash.xxh3_128_hexdigest(data),
         },
-        "ids": _tensor("I32", len(ids), 0, 4 * len(ids)),
-        "state": _tensor("U8", len(state), 4 * len(ids), len(data)),
+        "ids": _tensor("I32", len(ids), 0, middle),
+        "state": _tensor("U8", len(state), middle, end),
+        "note": _tensor("U8", len(data) - end, end, len(data)),
     }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -52,8 +57,8 @@ def write_session(path: Path, fingerprint: str, kv: str, ids: Ids, state: State)
         temporary.unlink(missing_ok=True)
 
 
-def read_session(path: Path, fingerprint: str) -> tuple[str, Ids, State]:
-    """The type of KV cache, ids int32 [n] and state uint8 that were saved.
+def read_session(path: Path, fingerprint: str) -> tuple[str, Ids, State, str]:
+    """The type of KV cache, ids int32 [n], state uint8 and the note that were saved.
 
     Raises ModelFileError, naming the file, if it is missing, damaged, or of another model.
     """
@@ -70,7 +75,7 @@ def read_session(path: Path, fingerprint: str) -> tuple[str, Ids, State]:
         if metadata["format"] != _FORMAT:
             raise ValueError
         data = content[8 + length :]
-        middle, end = header["ids"]["data_offsets"][1], header["state"]["data_offsets"][1]
+        middle, state_end, end = (header[name]["data_offsets"][1] for name in _PARTS)
         kv, model, checksum = metadata["kv"], metadata["model"], metadata["xxh3"]
     except (ValueError, KeyError, TypeError, IndexError):
         raise ModelFileError(f"{path}: not a saved session ({_FORMAT})") from None
@@ -78,7 +83,11 @@ def read_session(path: Path, fingerprint: str) -> tuple[str, Ids, State]:
         raise ModelFileError(f"{path}: the file is damaged: it does not match its checksum")
     if model != fingerprint:
         raise ModelFileError(f"{path}: saved with another model")
-    return kv, np.frombuffer(data[:middle], "<i4"), np.frombuffer(data[middle:], np.uint8)
+    ids, state = (
+        np.frombuffer(data[:middle], "<i4"),
+        np.frombuffer(data[middle:state_end], np.uint8),
+    )
+    return kv, ids, state, data[state_end:].decode(errors="replace")
 
 
 def _tensor(dtype: str, size: int, start: int, end: int) -> dict[str, Any]:

@@ -51,9 +51,12 @@ class Answer:
     def statistics(self) -> str:
         """One line: counts and tokens per second of prefill and decode."""
         timings = self.timings
-        count = f"{timings.n_prompt} tokens"
-        if timings.n_prompt < self.n_prompt:
-            count = f"{timings.n_prompt} of {self.n_prompt} tokens"
+        computed = timings.n_prompt - timings.n_cached
+        count = f"{computed} tokens"
+        if not self.tokens and computed < self.n_prompt:
+            count = f"{computed} of {self.n_prompt} tokens"
+        elif timings.n_cached:
+            count += f" after {timings.n_cached} known ones"
         parts = [f"prefill {count}, {timings.prompt_tps:.1f} tok/s"]
         decode = f"decode {timings.n_gen} token{'s' * (timings.n_gen != 1)}"
         if timings.n_gen > 1:
@@ -74,6 +77,7 @@ class Answer:
             "finish_reason": "interrupted" if self.interrupted else reason,
             "timings": {
                 "n_prompt": timings.n_prompt,
+                "n_cached": timings.n_cached,
                 "prompt_seconds": timings.prompt_seconds,
                 "prompt_tps": timings.prompt_tps,
                 "n_gen": timings.n_gen,

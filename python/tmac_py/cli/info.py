@@ -27,7 +27,8 @@ def collect() -> dict[str, Any]:
     import numpy as np
 
     from tmac_py import _core, machine
-    from tmac_py.default_model import DEFAULT_MODELS, cache_folder, cached_path
+    from tmac_py.default_model import DEFAULT_MODELS, cached_path
+    from tmac_py.modelcache import cache_folder
 
     total, available = machine.memory_bytes()
     cached = {name: cached_path(name) for name in DEFAULT_MODELS}

@@ -37,12 +37,17 @@ class Command:
 COMMANDS = (
     Command(
         "run",
-        "answer a prompt with a language model",
+        "answer a prompt with a language model, or chat with it",
         (
+            "tmac run",
+            "tmac run model.lut --chat --system 'Answer in one sentence.'",
             'tmac run --prompt "Why is the sky blue?"',
             'tmac run model.lut -p "Once upon a time" --raw -n 64 --temp 0',
             "git diff | tmac run model.lut --system 'Summarise this change.'",
             "tmac run -f question.txt --json --seed 1 > answer.json",
+            "tmac run someone/SmolLM2-135M-GGUF:Q4_K_M -p Hello",
+            "tmac run model.lut -f long.txt --prompt-cache long.cache -n 64",
+            "tmac run large.lut --draft-model small.lut -p 'Count to ten.'",
         ),
     ),
     Command(
@@ -84,6 +89,16 @@ COMMANDS = (
         ),
     ),
     Command(
+        "serve",
+        "answer over HTTP as OpenAI does, several clients at a time",
+        (
+            "tmac serve",
+            "tmac serve model.lut --port 8000 --parallel 16 -c 4096",
+            "TMAC_API_KEY=secret tmac serve model.lut --host 0.0.0.0",
+            "tmac serve model.lut --max-tokens 512 --timeout 60 --kv int8",
+        ),
+    ),
+    Command(
         "inspect",
         "show and check what a .lut file holds",
         ("tmac inspect model.lut", "tmac inspect model.lut --tensors --json"),
@@ -93,18 +108,44 @@ COMMANDS = (
         "show what this installation and this machine can do",
         ("tmac info", "tmac info --json"),
     ),
+    Command(
+        "completion",
+        "print a script that completes the commands and options of all programs in a shell",
+        (
+            'eval "$(tmac completion bash)"        # in ~/.bashrc',
+            'eval "$(tmac completion zsh)"         # in ~/.zshrc, after compinit',
+            "tmac completion fish | source         # in ~/.config/fish/config.fish",
+        ),
+    ),
 )
+
+EXIT_STATUS = """exit status:
+  0 done, 2 an error (one line on standard error), 130 ended by Ctrl-C, 141 the reader of
+  standard output went away, 128 + N ended by signal N"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``tmac``: one program, a subcommand each. Returns the exit status."""
+    return _execute(main_parser(), argv)
+
+
+def main_parser() -> argparse.ArgumentParser:
+    """The parser of ``tmac`` with all its subcommands."""
     parser = _Parser(prog="tmac", description="Low-bit language models on the CPU.")
     _add_common(parser)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for command in COMMANDS:
         texts = _texts(command, f"tmac {command.name}")
         _declare(command, commands.add_parser(command.name, help=command.summary, **texts))
-    return _execute(parser, argv)
+    return parser
+
+
+def program_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of ``tmac-NAME``."""
+    command = next(command for command in COMMANDS if command.name == name)
+    parser = _Parser(prog=f"tmac-{name}", **_texts(command, f"tmac-{name}"))
+    _declare(command, parser)
+    return parser
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -125,6 +166,11 @@ def bench(argv: Sequence[str] | None = None) -> int:
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """``tmac-eval``, short for ``tmac eval``. Returns the exit status."""
     return _single("eval", argv)
+
+
+def serve(argv: Sequence[str] | None = None) -> int:
+    """``tmac-serve``, short for ``tmac serve``. Returns the exit status."""
+    return _single("serve", argv)
 
 
 def inspect(argv: Sequence[str] | None = None) -> int:
@@ -160,10 +206,7 @@ class _ShowVersion(argparse.Action):
 
 
 def _single(name: str, argv: Sequence[str] | None) -> int:
-    command = next(command for command in COMMANDS if command.name == name)
-    parser = _Parser(prog=f"tmac-{name}", **_texts(command, f"tmac-{name}"))
-    _declare(command, parser)
-    return _execute(parser, argv)
+    return _execute(program_parser(name), argv)
 
 
 def _texts(command: Command, prog: str) -> dict[str, Any]:
@@ -171,7 +214,7 @@ def _texts(command: Command, prog: str) -> dict[str, Any]:
     examples = [line.replace(f"tmac {command.name}", prog) for line in command.examples]
     return {
         "description": f"{command.summary[0].upper()}{command.summary[1:]}.",
-        "epilog": "examples:\n  " + "\n  ".join(examples),
+        "epilog": "examples:\n  " + "\n  ".join(examples) + f"\n\n{EXIT_STATUS}",
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 _LABELS = {
-    "wait": "Waiting for another process that fetches the model",
+    "wait": "Waiting for another process that fetches or converts the model",
     "download": "Downloading",
     "check": "Checking",
     "unpack": "Unpacking",
@@ -18,7 +18,7 @@ _LABELS = {
 
 
 class PhaseProgress:
-    """Shows the phases of tmac_py.default_model.ensure_model; call it as its ``progress``."""
+    """Shows the phases of tmac_py.modelcache.PHASES; call it as a ``progress``."""
 
     def __init__(self) -> None:
         self._phase = ""

@@ -1,234 +1,162 @@
-"""``tmac run``: answer one prompt. Text goes to stdout, everything else to stderr."""
+"""``tmac run``: answer a prompt, or chat. Text goes to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from tmac_py.cli.arguments import decode_text, whole_number
-from tmac_py.cli.models import DEFAULT_MODEL, model_name, resolve_model
+from tmac_py.cli.arguments import decode_text
+from tmac_py.cli.models import model_name, resolve_model
+from tmac_py.cli.run_options import add_arguments
 from tmac_py.errors import TmacError
-from tmac_py.machine import MAX_THREADS
-from tmac_py.spec import Tables
 
 if TYPE_CHECKING:
     from tmac_py.model import Model
+    from tmac_py.session import Session
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of ``tmac run``."""
-    _add_model_arguments(parser)
-    _add_prompt_arguments(parser)
-    _add_generation_arguments(parser)
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object at the end: text, token ids, finish reason, timings",
-    )
-    output.add_argument("-q", "--quiet", action="store_true", help="no progress, no statistics")
-
-
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help=f"a .lut file, or the name of a model to fetch (default: {DEFAULT_MODEL})",
-    )
-    group.add_argument("-m", "--model", dest="model_option", metavar="MODEL", help="the same")
-    group.add_argument(
-        "-t",
-        "--threads",
-        type=whole_number(1, MAX_THREADS),
-        metavar="N",
-        help="threads to compute with (default: the performance cores that this process may use)",
-    )
-    group.add_argument(
-        "-c",
-        "--ctx-size",
-        type=whole_number(0),
-        default=0,
-        metavar="N",
-        help="tokens of context, prompt and answer together (0 = what they need, within what the "
-        "model allows)",
-    )
-    group.add_argument(
-        "--kv",
-        default="f16",
-        metavar="TYPE",
-        help="how the context is stored: f16, int8 or int4, or keys and values apart as in "
-        "int8/int4 (default: f16)",
-    )
-    group.add_argument(
-        "--tables",
-        choices=get_args(Tables),
-        help="lookup tables of 8 bits, or exact sums of activations rounded to 14 bits, which are "
-        "slower, or to 8 bits per token (default: exact8 for BitNet models, int8 for others)",
-    )
-    group.add_argument(
-        "--cache-dir",
-        metavar="DIR",
-        help="where fetched models are kept (default: $TMAC_CACHE, else the user's cache)",
-    )
-    group.add_argument("--offline", action="store_true", help="never fetch a model")
-    group.add_argument(
-        "--no-check", action="store_true", help="do not compare the file with its checksums"
-    )
-
-
-def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("prompt")
-    source = group.add_mutually_exclusive_group()
-    source.add_argument(
-        "-p",
-        "--prompt",
-        metavar="TEXT",
-        help="the prompt; - reads standard input, which is also read when it is not a terminal "
-        "and neither -p nor -f is given",
-    )
-    source.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file")
-    group.add_argument(
-        "--system", "-sys", "--system-prompt", metavar="TEXT", help="instructions for a chat model"
-    )
-    group.add_argument(
-        "--raw",
-        "-no-cnv",
-        action="store_true",
-        help="continue the prompt as it is, without the model's chat template",
-    )
-
-
-def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("generation")
-    group.add_argument(
-        "-n",
-        "--n-predict",
-        "--max-tokens",
-        "--predict",
-        dest="max_tokens",
-        type=whole_number(1, unlimited=True),
-        default=-1,
-        metavar="N",
-        help="the most tokens to generate (default: -1 = until the answer ends or the context is "
-        "full)",
-    )
-    group.add_argument(
-        "--temp",
-        "--temperature",
-        dest="temperature",
-        type=float,
-        metavar="T",
-        help="randomness; 0 always takes the most likely token (default: the model's, else 0.8)",
-    )
-    for name, kind, default, text in (
-        ("top-k", int, "the model's, else 40", "choose among the N most likely tokens (0 = all)"),
-        (
-            "top-p",
-            float,
-            "the model's, else 0.95",
-            "choose among the likeliest tokens that make up N (1 = all)",
-        ),
-        (
-            "min-p",
-            float,
-            "the model's, else 0.05",
-            "drop tokens below N times the likeliest one's probability (0 = off)",
-        ),
-        (
-            "repeat-penalty",
-            float,
-            "the model's, else 1",
-            "make recent tokens less likely (1 = off)",
-        ),
-        (
-            "repeat-last-n",
-            int,
-            "64, or -1 if the model has a penalty",
-            "tokens the penalties look back at (0 = none, -1 = all)",
-        ),
-        ("presence-penalty", float, "0", "taken off the logit of every recent token (0 = off)"),
-        ("frequency-penalty", float, "0", "the same for each time it occurs (0 = off)"),
-    ):
-        group.add_argument(
-            f"--{name}",
-            type=kind,
-            metavar="N",
-            help=f"{text} (default: {default})",
-        )
-    group.add_argument(
-        "-l",
-        "--logit-bias",
-        type=_logit_bias,
-        action="append",
-        default=[],
-        metavar="ID(+|-)VALUE",
-        help="add to the logit of a token, as 15043+1 or 15043-1; 15043-inf forbids it; may be "
-        "given several times",
-    )
-    group.add_argument(
-        "-s",
-        "--seed",
-        type=whole_number(0, unlimited=True),
-        default=-1,
-        metavar="N",
-        help="the same seed gives the same answer (default: -1 = a random one)",
-    )
-    group.add_argument(
-        "--stop",
-        "-r",
-        "--reverse-prompt",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end the answer before this text; may be given several times",
-    )
+__all__ = ["add_arguments", "execute"]
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Answer the prompt; returns the exit status: 0, or 130 after Ctrl-C."""
+    """Answer the prompt or chat; returns the exit status: 0, or 130 after Ctrl-C."""
     name = model_name(args.model, args.model_option)
-    prompt = _read_prompt(args)
+    _check_combinations(args)
+    chatting = args.chat or (_on_terminal(args) and not args.json)
+    prompt = None if chatting and args.prompt is args.file is None else _read_prompt(args)
     sampling = _sampling_options(args)
-    path = resolve_model(name, cache_dir=args.cache_dir, offline=args.offline, quiet=args.quiet)
+    _check_prompt_cache(args)
+    template = None
+    if args.chat_template_file is not None:
+        template = decode_text(Path(args.chat_template_file).read_bytes(), args.chat_template_file)
+    where = {"cache_dir": args.cache_dir, "offline": args.offline, "quiet": args.quiet}
+    path = resolve_model(name, **where)
+    draft_path = args.draft_model and resolve_model(args.draft_model, **where)
 
-    from tmac_py.cli.answer import Answer
     from tmac_py.model import Model
 
-    with Model.load(
-        path, threads=args.threads, tables=args.tables, check=not args.no_check
-    ) as model:
-        chat, ids = _prompt_ids(model, prompt, args)
-        answer = Answer(n_prompt=len(ids))
-        stream = model.stream(
-            ids,
-            max_tokens=args.max_tokens,
-            n_ctx=args.ctx_size,
-            kv=args.kv,
-            stop=args.stop,
-            trim_space=chat,
-            progress=answer.prefilled,
-            **sampling,
-        )
-        with closing(stream):
-            answer.collect(stream, show=None if args.json else _show)
+    load = {"threads": args.threads, "tables": args.tables, "check": not args.no_check}
+    with Model.load(path, chat_template=template, **load) as model:
+        options = {"max_tokens": args.max_tokens, "stop": args.stop, "draft": args.spec, **sampling}
+        with _draft_model(draft_path, args) as draft:
+            if draft is not None:
+                options["draft"] = draft
+            if chatting:
+                return _chat(model, name, prompt, options, args)
+            assert prompt is not None
+            return _answer(model, name, prompt, options, args)
+
+
+def _answer(
+    model: Model, name: str, prompt: str, options: dict[str, Any], args: argparse.Namespace
+) -> int:
+    """One answer."""
+    from tmac_py.cli.answer import Answer
+
+    chat, ids = _prompt_ids(model, prompt, args)
+    answer = Answer(n_prompt=len(ids))
+    n_ctx = args.ctx_size
+    if n_ctx == 0 and args.max_tokens != -1 and args.prompt_cache is None:
+        n_ctx = min(model.n_ctx, len(ids) + args.max_tokens)
+    session = _session(model, n_ctx, args)
+    stream = session.stream(ids, trim_space=chat, progress=answer.prefilled, **options)
+    with closing(stream):
+        answer.collect(stream, show=None if args.json else _show)
     if args.json:
         print(
             json.dumps(
-                answer.to_json(name, ids, sampling["seed"]), ensure_ascii=not _stdout_is_utf8()
+                answer.to_json(name, ids, options["seed"]), ensure_ascii=not _stdout_is_utf8()
             )
         )
     elif not answer.text.endswith("\n"):
         print(flush=True)
     if not args.quiet:
         print(answer.statistics(), file=sys.stderr)
+    _keep(session, len(ids), args)
     return 130 if answer.interrupted else 0
+
+
+def _chat(
+    model: Model, name: str, prompt: str | None, options: dict[str, Any], args: argparse.Namespace
+) -> int:
+    """A conversation until the user leaves."""
+    from tmac_py.cli.chat import ChatProgram, greet
+    from tmac_py.conversation import open_conversation
+
+    session = _session(model, args.ctx_size, args)
+    conversation = open_conversation(
+        model, session, system=args.system, variables=args.chat_template_kwargs, raw=args.raw
+    )
+    if not args.quiet and sys.stdin.isatty():
+        greet(conversation, name, model.threads)
+    program = ChatProgram(conversation, options, quiet=args.quiet)
+    status = program.run(prompt, single=args.single_turn)
+    _keep(conversation.session, program.n_first_prompt, args)
+    return status
+
+
+@contextmanager
+def _draft_model(path: Path | None, args: argparse.Namespace) -> Iterator[Model | None]:
+    if path is None:
+        yield None
+        return
+    from tmac_py.model import Model
+
+    with Model.load(path, threads=args.threads, check=not args.no_check) as draft:
+        yield draft
+
+
+def _session(model: Model, n_ctx: int, args: argparse.Namespace) -> Session:
+    """An empty session, or what the prompt cache holds."""
+    from tmac_py.session import Session
+
+    if args.prompt_cache is not None and Path(args.prompt_cache).exists():
+        return Session.load(model, args.prompt_cache, n_ctx=n_ctx, kv=args.kv)
+    return model.new_session(n_ctx, args.kv or "f16")
+
+
+def _keep(session: Session, n_prompt: int, args: argparse.Namespace) -> None:
+    """Write the prompt cache: the prompt, or all."""
+    if args.prompt_cache is None or args.prompt_cache_ro:
+        return
+    if not args.prompt_cache_all:
+        session.truncate(min(n_prompt, len(session.ids)))
+    session.save(args.prompt_cache)
+
+
+def _check_combinations(args: argparse.Namespace) -> None:
+    """TmacError for options that contradict each other."""
+    if args.system is not None and args.raw:
+        raise TmacError("--system needs the chat template, which --raw leaves out")
+    if args.chat and args.json:
+        raise TmacError("--json prints one answer: it does not go with --chat")
+    if args.draft_model is not None and args.spec is not None:
+        raise TmacError("--spec is for guesses without a --draft-model: give one of them")
+
+
+def _check_prompt_cache(args: argparse.Namespace) -> None:
+    """TmacError for a prompt cache that cannot be used, before the work and not after it."""
+    if args.prompt_cache is None:
+        if args.prompt_cache_all or args.prompt_cache_ro:
+            raise TmacError("--prompt-cache-all and --prompt-cache-ro need --prompt-cache FILE")
+        return
+    path = Path(args.prompt_cache)
+    if args.prompt_cache_all and args.prompt_cache_ro:
+        raise TmacError("--prompt-cache-ro writes nothing: it does not go with --prompt-cache-all")
+    if args.prompt_cache_ro and not path.exists():
+        raise TmacError(f"{path}: no such file, and --prompt-cache-ro makes none")
+    if not path.absolute().parent.is_dir():
+        raise TmacError(f"{path}: the folder {path.absolute().parent} does not exist")
+
+
+def _on_terminal(args: argparse.Namespace) -> bool:
+    """Whether someone sits there who gave no prompt."""
+    given = args.prompt is not None or args.file is not None
+    return not given and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _show(text: str) -> None:
@@ -237,8 +165,6 @@ def _show(text: str) -> None:
 
 def _read_prompt(args: argparse.Namespace) -> str:
     """The prompt from -p, -f or standard input, the newline at the end of a file left out."""
-    if args.system is not None and args.raw:
-        raise TmacError("--system needs the chat template, which --raw leaves out")
     if args.prompt is not None and args.prompt != "-":
         text: str = args.prompt
     elif args.file is not None and args.file != "-":
@@ -286,17 +212,7 @@ def _prompt_ids(model: Model, prompt: str, args: argparse.Namespace) -> tuple[bo
     messages = [{"role": "user", "content": prompt}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
-    return True, model.chat_prompt(messages)
-
-
-def _logit_bias(text: str) -> tuple[int, float]:
-    """An argparse type: token id and number of "15043+1.5"."""
-    found = re.fullmatch(r"(\d+)([+-](?:\d+\.?\d*|\.\d+|inf))", text)
-    if found is None or found[2] == "+inf":
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed; give a token id and what to add, as 15043+1 or 15043-inf"
-        )
-    return int(found[1]), float(found[2])
+    return True, model.chat_prompt(messages, **args.chat_template_kwargs)
 
 
 def _stdout_is_utf8() -> bool:

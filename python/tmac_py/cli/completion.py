@@ -1,0 +1,41 @@
+"""``tmac completion``: scripts that complete commands and options, made from their parsers."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.metadata import entry_points
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the argument of ``tmac completion``."""
+    parser.add_argument("shell", choices=SHELLS, help="the shell that reads the script")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Print the script."""
+    import shtab
+
+    from tmac_py.cli.main import COMMANDS, main_parser, program_parser
+
+    installed = {point.name for point in entry_points(group="console_scripts")}
+    parsers = [main_parser()]
+    parsers += [program_parser(c.name) for c in COMMANDS if f"tmac-{c.name}" in installed]
+    for parser in parsers:
+        _complete_files(parser)
+        print(shtab.complete(parser, shell=args.shell))
+    return 0
+
+
+def _complete_files(parser: argparse.ArgumentParser) -> None:
+    """Let names of files be completed where one is expected."""
+    import shtab
+
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                _complete_files(command)
+        elif action.metavar in ("MODEL", "FILE", "SOURCE", "OUT.lut", "FOLDER", "DIR"):
+            only_folders = action.metavar in ("FOLDER", "DIR")
+            action.complete = shtab.DIRECTORY if only_folders else shtab.FILE  # type: ignore[attr-defined]
