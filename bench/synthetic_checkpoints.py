@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmac_py.config import ModelConfig
-from tmac_py.converters.gguf import gguf_name
 from tmac_py.converters.safetensors_file import DTYPES
 
 GROUP = 128
@@ -159,9 +158,13 @@ class _Numbers:
             return self._rng.permutation(groups) if self._act_order else groups
         if name.endswith("weight_scale"):
             return np.array([0x4200], np.uint16)  # 32, the inverse of a mean |w|
-        return {"BF16": self._bf16, "F16": self._scales, "I32": self._words, "U8": self._trits}[
-            part[0]
-        ]
+        numbers: dict[str, NDArray[Any]] = {
+            "BF16": self._bf16,
+            "F16": self._scales,
+            "I32": self._words,
+            "U8": self._trits,
+        }
+        return numbers[part[0]]
 
 
 def _nbytes(part: Part) -> int:
@@ -195,13 +198,15 @@ def _write_gguf(kind: str, config: ModelConfig, path: Path) -> Path:
         tile[:, :64] = rng.integers(0, 3, (len(tile), 64, 4), np.uint8) @ np.array(
             [1, 4, 16, 64], np.uint8
         )
-    for name, shape in config.tensor_shapes().items():
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for ours, shape in config.tensor_shapes().items():
+        name = names.get_name(ours, (".weight",)) or ours
         if len(shape) == 1:
-            writer.add_tensor(gguf_name(name), np.ones(shape, np.float32))
+            writer.add_tensor(name, np.ones(shape, np.float32))
         else:
             row_bytes = shape[1] // block * nbytes
             data = np.resize(tile.reshape(-1), (shape[0], row_bytes))
-            writer.add_tensor(gguf_name(name), data, raw_dtype=type_of)
+            writer.add_tensor(name, data, raw_dtype=type_of)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

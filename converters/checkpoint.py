@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tmac_py.config import ModelConfig
+from tmac_py.config import ModelConfig, is_matrix
 from tmac_py.errors import ModelFileError, TmacError
 from tmac_py.quant import MatrixLike, QuantTensor
 
@@ -39,9 +39,9 @@ class TensorSource:
     """One tensor of a checkpoint under its Hugging Face name.
 
     ``load`` returns a QuantTensor where the checkpoint stores codes, a lazy float matrix ``[m, k]``
-    where it stores floats (``dense``), and a float32 array ``[n]`` for a norm. A QuantTensor may
-    have an order if ``ordered``. ``codebook`` names the type of a dense matrix that is stored as
-    codes, which a .lut cannot keep.
+    where it stores floats (``dense``), and a float32 array for a norm ``[n]`` or a router. A
+    QuantTensor may have an order if ``ordered``. ``codebook`` names the type of a dense matrix that
+    is stored as codes, which a .lut cannot keep.
     """
 
     name: str
@@ -50,6 +50,11 @@ class TensorSource:
     dense: bool = False
     codebook: str = ""
     ordered: bool = False
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it gets codes; else it is a norm, a bias or a router."""
+        return is_matrix(self.name, self.shape)
 
     @property
     def n_elements(self) -> int:

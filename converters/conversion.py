@@ -201,7 +201,7 @@ class _Conversion:
         loaded = tensor.load()
         if isinstance(loaded, QuantTensor):
             return loaded
-        if len(loaded.shape) == 1:
+        if not tensor.is_matrix:
             return as_floats(loaded)
         return self._quantize(tensor, loaded, None)
 

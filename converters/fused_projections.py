@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from tmac_py.config import is_matrix
 from tmac_py.converters.checkpoint import Shape
 from tmac_py.quant import MatrixLike, QuantTensor
 
@@ -38,7 +39,7 @@ def stored_matrices(shapes: Mapping[str, Shape], stored: Iterable[str]) -> dict[
     found = {
         name: StoredMatrix(name.removesuffix(".weight"), shape)
         for name, shape in shapes.items()
-        if len(shape) == 2
+        if is_matrix(name, shape)
     }
     for fused, parts in _FUSED.items():
         for module in modules:

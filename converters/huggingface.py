@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmac_py import generation_defaults
-from tmac_py.config import ModelConfig
+from tmac_py.config import ModelConfig, is_matrix
 from tmac_py.converters.bitnet import master_formats
 from tmac_py.converters.checkpoint import (
     NO_TOKENIZER,
@@ -26,6 +26,7 @@ from tmac_py.converters.checkpoint import (
     listed,
     naming,
 )
+from tmac_py.converters.fused_experts import split_experts
 from tmac_py.converters.fused_projections import StoredMatrix, load_rows, stored_matrices
 from tmac_py.converters.huggingface_tokenizer import read_tokenizer_files
 from tmac_py.converters.json_file import read_object
@@ -74,7 +75,7 @@ def read(path: Path) -> Checkpoint:
                 files[generation_defaults.FILE] = defaults
     stored = {
         _ours(name): tensor
-        for name, tensor in _stored_tensors(path).items()
+        for name, tensor in split_experts(_stored_tensors(path)).items()
         if not _UNUSED.fullmatch(name)
         and not (name == "lm_head.weight" and config.tie_word_embeddings)
     }
@@ -84,7 +85,11 @@ def read(path: Path) -> Checkpoint:
     modules = {place.module: place.shape for place in places.values()}
     parts = _by_module(stored, modules, shapes)
     weights: dict[str, WeightFormat] = {}
-    expected = {name: Expected(shape, FLOATS) for name, shape in shapes.items() if len(shape) == 1}
+    expected = {
+        name: Expected(shape, FLOATS)
+        for name, shape in shapes.items()
+        if not is_matrix(name, shape)
+    }
     with naming(path):
         for module, shape in modules.items():
             try:
@@ -105,7 +110,7 @@ def read(path: Path) -> Checkpoint:
         tensors=[
             _matrix(name, shape, place, weights[place.module], parts[place.module])
             if (place := places.get(name)) is not None
-            else _vector(name, stored[name], norm_offset)
+            else _floats(name, stored[name], norm_offset)
             for name, shape in shapes.items()
         ],
         warnings=() if files else (NO_TOKENIZER.format(path),),
@@ -128,7 +133,7 @@ def _by_module(
         module = name.rpartition(".")[0]
         while module and module not in parts:
             module = module.rpartition(".")[0]
-        if module and len(shapes.get(name, ())) != 1:
+        if module and (name not in shapes or is_matrix(name, shapes[name])):
             parts[module][name[len(module) + 1 :]] = tensor
     return parts
 
@@ -191,7 +196,7 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _vector(name: str, tensor: StoredTensor, norm_offset: float) -> TensorSource:
+def _floats(name: str, tensor: StoredTensor, norm_offset: float) -> TensorSource:
     def load() -> NDArray[np.float32]:
         values = as_float32(tensor.load())
         return values + np.float32(norm_offset) if name.endswith("norm.weight") else values

@@ -38,6 +38,11 @@ class LlamaForward:
 
     def __init__(self, config: ModelConfig, length: int) -> None:
         self._config = config
+        if config.num_experts:
+            raise UnsupportedError(
+                "calibration does not know models with experts: it cannot see which inputs reach "
+                "each of them"
+            )
         if steps := sorted(set(config.to_dict()) & OPTIONAL - {"activation_bits"}):
             raise UnsupportedError(f"calibration does not know models with {', '.join(steps)}")
         if config.hidden_act != "silu":

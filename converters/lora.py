@@ -163,7 +163,7 @@ def _of_module(config: Mapping[str, Any], module: str, pattern: str, key: str) -
 
 
 def _check_targets(checkpoint: Checkpoint, updates: Mapping[str, _Update]) -> None:
-    known = {tensor.name: tensor for tensor in checkpoint.tensors if len(tensor.shape) == 2}
+    known = {tensor.name: tensor for tensor in checkpoint.tensors if tensor.is_matrix}
     absent = [name for name in updates if name not in known]
     codes = [name for name in updates if name in known and not known[name].dense]
     misshaped = [

@@ -62,7 +62,7 @@ def _plan_target(
     choices: dict[str, list[Choice]] = {}
     fixed, weights = 0, 0
     for tensor in checkpoint.tensors:
-        if len(tensor.shape) != 2:
+        if not tensor.is_matrix:
             continue
         weights += tensor.n_elements
         if not tensor.dense:

@@ -47,7 +47,7 @@ def verify_checkpoint(
         if not differences:  # else there are other tensors
             found: dict[str, str] = {}
             for tensor in checkpoint.tensors:
-                if len(tensor.shape) == 2 and not tensor.dense:
+                if tensor.is_matrix and not tensor.dense:
                     with naming_tensor(tensor.name):
                         if difference := _kept_difference(tensor, file):
                             found[tensor.name] = difference

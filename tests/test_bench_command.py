@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,19 @@ def test_what_it_refuses(
     assert status == 2
     assert text in err
     assert err.count("\n") == 1
+
+
+def test_a_profile_tells_the_parts_of_a_step(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = run(capsys, "-m", str(path), "-n", "8", "-d", "5", "-t", "2", "--profile")
+    assert status == 0
+    head, _, *lines = out.splitlines()
+    assert re.fullmatch(r".*tiny\.lut, tg8 @ d5, 2 threads: [0-9.]+ ms a token", head)
+    cells = [re.split(r"  +", line.strip()) for line in lines]
+    assert cells[0] == ["part", "us", "share"]
+    assert [row[0] for row in cells[1:]] == [
+        *("embedding", "norms and tables", "q, k, v", "keys and values", "attention"),
+        *("attention output", "gate and up", "down", "head"),
+    ]
+    assert sum(float(row[2].removesuffix("%")) for row in cells[1:]) == pytest.approx(100, abs=1)

@@ -26,7 +26,7 @@ from tmac_py.families import FAMILIES
 from tmac_py.lutfile import LutFile
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = ("llama", "qwen2", "qwen3", "smollm3", "phi3", "gemma2", "gemma3")
+NAMES = ("llama", "qwen2", "qwen3", "qwen3_moe", "olmoe", "smollm3", "phi3", "gemma2", "gemma3")
 WINDOW = 7
 
 
@@ -94,6 +94,13 @@ def test_the_golden_models_switch_everything_on() -> None:
         "attn_logit_softcapping",
         "final_logit_softcapping",
         "embedding_scale",
+        "full_qk_norm",
+        "clip_qkv",
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "dense_layers",
     }
     assert {config.hidden_act for config in configs} == {"silu", "gelu_pytorch_tanh"}
     assert {len(config.biases) for config in configs} == {0, 3, 4, 7}
@@ -148,6 +155,13 @@ def test_equal_folders_give_equal_files(golden: Golden, tmp_path: Path) -> None:
         ("qwen2", {"sliding_window": WINDOW + 1}),
         ("qwen2", {"use_sliding_window": False, "layer_types": None}),
         ("qwen3", {"layer_types": ["full_attention"] * 3}),
+        ("qwen3_moe", {"num_experts_per_tok": 2}),
+        ("qwen3_moe", {"norm_topk_prob": False}),
+        ("qwen3_moe", {"use_sliding_window": False}),
+        ("olmoe", {"num_experts_per_tok": 1}),
+        ("olmoe", {"norm_topk_prob": True}),
+        ("olmoe", {"clip_qkv": None}),
+        ("olmoe", {"clip_qkv": 1.4}),
         ("smollm3", {"no_rope_layers": [1, 1, 0]}),
         ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 3}),
         ("smollm3", {"use_sliding_window": False}),

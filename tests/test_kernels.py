@@ -26,7 +26,7 @@ from kernel_cases import (
     pieces,
 )
 from tmac_py import _core
-from tmac_py.quant import QuantTensor
+from tmac_py.quant import QuantTensor, ternary_tensor
 
 ISAS = [row["name"] for row in _core.isas() if row["usable"]]
 
@@ -385,3 +385,24 @@ def test_unknown_names_are_refused(pool: _core.ThreadPool) -> None:
     for threads in (0, -1, 1025):
         with pytest.raises(ValueError, match="threads must be 1 to 1024"):
             _core.ThreadPool(threads)
+
+
+@pytest.mark.parametrize("k", [130_000, 140_001])
+def test_long_rows_of_ternary_weights_have_the_same_bits_everywhere(
+    k: int, pool: _core.ThreadPool
+) -> None:
+    """A group's sum of integers can pass 2^24, where floats round: in one order."""
+    rng = np.random.default_rng(k)
+    x = rng.uniform(0.97, 1, (3, k)).astype(np.float32)
+    codes = rng.choice(np.array([1, 2], np.uint8), (2, k), p=[0.005, 0.995])
+    weights = linear(ternary_tensor(codes, 1.0))
+    before = _core.active_isa()
+    try:
+        products = []
+        for name in ISAS:
+            _core.use_isa(name)
+            products.append(_core.linear_forward(weights, x, pool, tables="exact8"))
+    finally:
+        _core.use_isa(before)
+    for product in products[1:]:
+        np.testing.assert_array_equal(product, products[0])

@@ -144,13 +144,15 @@ struct SegmentSums {
     const auto add_set = [&](const uint8_t* at, auto set_of) {
       using Set = std::remove_reference_t<decltype(set_of(sums[0][0]))>;
       constexpr int kTaken = kChunks < Set::kChunks ? kChunks : Set::kChunks;
-      constexpr int kVectors = Set::kVectors;
-      repeat<kChunks / kTaken>([&](auto step) {
-        constexpr int kChunk = step * kTaken;
+      constexpr int kVectors =
+          Set::kVectors < S::kVectorsTogether ? Set::kVectors : S::kVectorsTogether;
+      constexpr int kSteps = Set::kVectors / kVectors;
+      repeat<kChunks / kTaken * kSteps>([&](auto step) {
+        constexpr int kFirst = step % kSteps * kVectors, kChunk = step / kSteps * kTaken;
         decltype(Set::template load<kTaken>(at, 0, 0, 0)) index[kVectors];
         repeat<kVectors>([&](auto v) {
-          index[v] =
-              Set::template load<kTaken>(at + kChunk * kChunkBytes, kChunkBytes, v, first + kChunk);
+          index[v] = Set::template load<kTaken>(at + kChunk * kChunkBytes, kChunkBytes, kFirst + v,
+                                                first + kChunk);
         });
         repeat<kTokens * kParts * kVectors>([&](auto i) {
           constexpr int kVector = i % kVectors, kPart = i / kVectors % kParts;
@@ -158,7 +160,7 @@ struct SegmentSums {
           const LutView& lut = luts[kToken];
           set_of(sums[kToken][kPart])
               .template add<kTaken>(
-                  kVector, index[kVector],
+                  kFirst + kVector, index[kVector],
                   lut.entries + (half * kParts + kPart) * kHalfTables * kTableEntries,
                   lut.multipliers + half * kMultiplierWords, first + kChunk);
         });

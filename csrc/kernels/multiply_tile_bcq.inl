@@ -32,7 +32,7 @@ struct BcqProduct {
       repeat<kBits>([&](auto p) {
         I rows[kTokens][kVectors];
         sums.add(at + p * kTileRows, at + p * (kHalfChunks * kTileRows), chunk, end, rows);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) {
           const F unit = S::set(2 * luts[t].half_unit[region]);
 #pragma GCC unroll 8
@@ -48,14 +48,14 @@ struct BcqProduct {
       for (int i = 0; i < kVectors; ++i) {
         repeat<kBits>([&](auto p) {
           const F scale = S::load_half(constants + p * kTileRows + i * S::kFloats);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int t = 0; t < kTokens; ++t) {
             acc[t][i] = S::fma(scale, group[p][t][i], acc[t][i]);
             group[p][t][i] = S::set(0);
           }
         });
         const F offset = S::load_half(constants + kBits * kTileRows + i * S::kFloats);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) {
           acc[t][i] = S::fma(offset, S::set(x_sum[t]), acc[t][i]);
         }

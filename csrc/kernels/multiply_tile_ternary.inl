@@ -77,7 +77,7 @@ struct TernaryProduct {
         };
         while (end - chunk >= 2) add_chunks(std::integral_constant<int, 2>{});
         if (chunk < end) add_chunks(std::integral_constant<int, 1>{});
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) {
           const F unit = S::set(2 * luts[t].half_unit[place]);
 #pragma GCC unroll 8
@@ -91,7 +91,7 @@ struct TernaryProduct {
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors; ++i) {
         const F scale = stored ? S::load_half(scales + i * S::kFloats) : S::set(spec.scale);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) acc[t][i] = S::fma(scale, group[t][i], acc[t][i]);
       }
       group_at += spec.scale_bytes();

@@ -23,6 +23,25 @@ void Decoder::Pass::turn_head(const LayerWeights& w, const float* norm, int64_t 
   if (x != out) std::copy(x + turned, x + head_dim, out + turned);
 }
 
+// Where q and k are normed with all heads together, and where q, k and v are kept small.
+void Decoder::Pass::norm_and_clip(const LayerWeights& w) {
+  if (w.q_full_norm == nullptr && w.k_full_norm == nullptr && config.clip_qkv == 0) return;
+  const auto work_on = [&](const float* norm, float* x, int64_t width) {
+    if (norm != nullptr) isa.rms_norm(x, norm, width, config.rms_norm_eps, x);
+    if (config.clip_qkv == 0) return;
+    for (int64_t i = 0; i < width; ++i) {
+      x[i] = std::clamp(x[i], -config.clip_qkv, config.clip_qkv);
+    }
+  };
+  team.parallel_for(n, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      work_on(w.q_full_norm, a.q.data() + t * q_width, q_width);
+      work_on(w.k_full_norm, a.k.data() + t * kv_width, kv_width);
+      work_on(nullptr, a.v.data() + t * kv_width, kv_width);
+    }
+  });
+}
+
 void Decoder::Pass::store_keys_and_values(int64_t layer) {
   const LayerWeights& w = weights.layers[static_cast<size_t>(layer)];
   const int64_t dims = a.attention.shape.dims();

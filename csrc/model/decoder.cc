@@ -17,6 +17,44 @@ void check_shape(const std::string& name, const Linear& w, int64_t m, int64_t k)
                  w.spec.m, ", ", w.spec.k, "]");
 }
 
+void check_feed_forwards(const std::string& at, const DecoderConfig& config, const LayerWeights& w,
+                         int64_t hidden) {
+  const auto experts = static_cast<int64_t>(w.feed_forwards.size());
+  check_argument(experts >= 1, at, "a layer needs a feed-forward");
+  if (w.router == nullptr) {
+    check_argument(experts == 1, at, "several feed-forwards need a router");
+  } else {
+    check_argument(config.experts_per_token >= 1 && config.experts_per_token <= experts, at,
+                   "experts_per_token must be 1 to ", experts, ", not ", config.experts_per_token);
+    check_argument(w.feed_forward_out_norm == nullptr && w.ffn_sub_norm == nullptr, at,
+                   "experts have no norms of their own");
+  }
+  const int64_t intermediate = w.feed_forwards[0].gate.spec.m;
+  for (const FeedForward& f : w.feed_forwards) {
+    check_shape(at + "gate_proj", f.gate, intermediate, hidden);
+    check_shape(at + "up_proj", f.up, intermediate, hidden);
+    check_shape(at + "down_proj", f.down, hidden, intermediate);
+    check_argument(w.router == nullptr || (!f.gate_bias && !f.up_bias && !f.down_bias), at,
+                   "experts have no biases");
+  }
+}
+
+// One for all where they are the same: the tables of a token then serve all experts.
+std::vector<FeedForwardPlans> plan_feed_forwards(const LayerWeights& w) {
+  std::vector<FeedForwardPlans> plans;
+  bool same = true;
+  for (const FeedForward& f : w.feed_forwards) {
+    FeedForwardPlans its{InputPlan({f.gate, f.up}), InputPlan({f.down})};
+    if (!plans.empty() && same) {
+      same = its.gate_up == plans[0].gate_up && its.down == plans[0].down;
+      if (same) continue;
+      plans.resize(static_cast<size_t>(&f - w.feed_forwards.data()), plans[0]);
+    }
+    plans.push_back(std::move(its));
+  }
+  return plans;
+}
+
 void check_model(const DecoderConfig& config, const DecoderWeights& weights) {
   check_argument(
       config.n_heads >= 1 && config.n_kv_heads >= 1 && config.n_heads % config.n_kv_heads == 0,
@@ -34,8 +72,8 @@ void check_model(const DecoderConfig& config, const DecoderWeights& weights) {
                    "inv_freq must hold rotary_dim / 2 = ", half, " values");
   }
   check_argument(!weights.layers.empty(), "a decoder needs at least one layer");
+  size_t experts = 0;  // of the layers that have several
   const int64_t hidden = weights.embed_tokens.spec.k;
-  const int64_t intermediate = weights.layers[0].gate.spec.m;
   const int64_t q_width = config.n_heads * config.head_dim;
   const int64_t kv_width = config.n_kv_heads * config.head_dim;
   check_argument(weights.embed_tokens.order == nullptr, "embed_tokens must have no order");
@@ -47,9 +85,12 @@ void check_model(const DecoderConfig& config, const DecoderWeights& weights) {
     check_shape(at + "k_proj", w.k, kv_width, hidden);
     check_shape(at + "v_proj", w.v, kv_width, hidden);
     check_shape(at + "o_proj", w.o, hidden, q_width);
-    check_shape(at + "gate_proj", w.gate, intermediate, hidden);
-    check_shape(at + "up_proj", w.up, intermediate, hidden);
-    check_shape(at + "down_proj", w.down, hidden, intermediate);
+    check_feed_forwards(at, config, w, hidden);
+    if (w.router != nullptr) {
+      if (experts == 0) experts = w.feed_forwards.size();
+      check_argument(w.feed_forwards.size() == experts, at, "all layers must have ", experts,
+                     " experts, not ", w.feed_forwards.size());
+    }
     check_argument(w.sliding_window >= 0, at, "sliding_window must not be negative");
     check_argument(w.rope >= -1 && w.rope < static_cast<int>(config.ropes.size()), at,
                    "there is no rope ", w.rope);
@@ -62,32 +103,40 @@ Decoder::Decoder(DecoderConfig config, DecoderWeights weights)
     : config_(std::move(config)), weights_(std::move(weights)), head_plan_({weights_.lm_head}) {
   check_model(config_, weights_);
   for (const LayerWeights& w : weights_.layers) {
-    plans_.push_back({InputPlan({w.q, w.k, w.v}), InputPlan({w.o}), InputPlan({w.gate, w.up}),
-                      InputPlan({w.down})});
+    plans_.push_back({InputPlan({w.q, w.k, w.v}), InputPlan({w.o}), plan_feed_forwards(w)});
   }
+  tokens_at_once_ = count_tokens_at_once(false);
+  tokens_at_once_with_head_ = count_tokens_at_once(true);
 }
 
 Decoder::~Decoder() = default;
 
+template <typename Visit>
+void Decoder::each_plan(const Visit& visit) const {
+  for (const LayerPlans& layer : plans_) {
+    visit(layer.qkv);
+    visit(layer.o);
+    for (const FeedForwardPlans& plans : layer.feed_forwards) {
+      visit(plans.gate_up);
+      visit(plans.down);
+    }
+  }
+}
+
 int64_t Decoder::most_regions() const {
   int64_t most = head_plan_.most_regions();
-  for (const LayerPlans& p : plans_) {
-    most = std::max({most, p.qkv.most_regions(), p.o.most_regions(), p.gate_up.most_regions(),
-                     p.down.most_regions()});
-  }
+  each_plan([&](const InputPlan& plan) { most = std::max(most, plan.most_regions()); });
   return most;
 }
 
-int64_t Decoder::tokens_at_once(bool all) const {
+int64_t Decoder::count_tokens_at_once(bool all) const {
   const Tables tables = config_.tables;
   bool serve_rows = !all || head_plan_.serves_rows(config_.head_tables);
   bool prefer_tables = true;
-  for (const LayerPlans& p : plans_) {
-    for (const InputPlan* plan : {&p.qkv, &p.o, &p.gate_up, &p.down}) {
-      serve_rows &= plan->serves_rows(tables);
-      prefer_tables &= plan->prefers_tables(tables);
-    }
-  }
+  each_plan([&](const InputPlan& plan) {
+    serve_rows &= plan.serves_rows(tables);
+    prefer_tables &= plan.prefers_tables(tables);
+  });
   return serve_rows && !prefer_tables ? kTokensAtOnce : kTableTokens;
 }
 
@@ -130,8 +179,8 @@ std::vector<Token> Decoder::check_batch(const std::vector<Sequence>& batch) cons
   return tokens;
 }
 
-void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool,
-                      float* logits) {
+void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool, float* logits,
+                      StepTimes* times) {
   kernels();  // throws, if it must, before the threads set out
   for (size_t i = 0; i < batch.size(); ++i) {
     for (size_t j = 0; j < i; ++j) {
@@ -154,21 +203,22 @@ void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& 
     longest = std::max(longest, sequence.cache->n_ctx());
   }
 
-  const int64_t at_once = std::min(n, tokens_at_once(all || batch.size() > 1));
+  const int64_t at_once =
+      std::min(n, all || batch.size() > 1 ? tokens_at_once_with_head_ : tokens_at_once_);
   std::unique_ptr<Activations> activations = take_activations(at_once, pool.threads(), longest);
-  pool.run([&](Team& team) {
-    size_t output = 0;
-    for (int64_t first = 0; first < n; first += at_once) {
-      const int64_t end = std::min(first + at_once, n);
-      Pass pass(*this, *activations, team, tokens.data() + first, end - first);
+  size_t output = 0;
+  for (int64_t first = 0; first < n; first += at_once) {
+    const int64_t end = std::min(first + at_once, n);
+    const size_t here = output;
+    while (output < outputs.size() && outputs[output] < end) ++output;
+    const auto count = static_cast<int64_t>(output - here);
+    pool.run([&](Team& team) {
+      Pass pass(*this, *activations, team, tokens.data() + first, end - first, times);
       pass.embed();
       for (size_t i = 0; i < weights_.layers.size(); ++i) pass.layer(i);
-      const size_t here = output;
-      while (output < outputs.size() && outputs[output] < end) ++output;
-      pass.head(outputs.data() + here, static_cast<int64_t>(output - here), first,
-                logits + static_cast<int64_t>(here) * vocab());
-    }
-  });
+      pass.head(outputs.data() + here, count, first, logits + static_cast<int64_t>(here) * vocab());
+    });
+  }
   for (const Sequence& sequence : batch) sequence.cache->advance(sequence.n);
   std::lock_guard<std::mutex> lock(mutex_);
   idle_.push_back(std::move(activations));

@@ -33,6 +33,9 @@ struct DecoderConfig {
   float attention_softcap = 0, logits_softcap = 0;  // 0: none
   float embedding_scale = 1;
   Activation activation = Activation::kSilu;
+  float clip_qkv = 0;              // the largest |q|, |k| and |v|; 0: any
+  int64_t experts_per_token = 0;   // in layers with a router
+  bool normalize_experts = false;  // weights of the chosen experts add up to 1
   std::vector<Rope> ropes;
 
   // Whether texts that begin in a cache of that size are turned by long_inv_freq.
@@ -46,6 +49,13 @@ struct DecoderConfig {
   Tables head_tables = Tables::kInt8;  // of lm_head
 };
 
+// The matrices of a feed-forward, of which a layer with a router has several.
+struct FeedForward {
+  Linear gate, up;  // [intermediate, hidden]
+  Linear down;      // [hidden, intermediate]
+  const float *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
+};
+
 // Null pointers are steps that a family does not have.
 struct LayerWeights {
   const float* input_norm = nullptr;                 // [hidden], before q, k and v
@@ -53,16 +63,17 @@ struct LayerWeights {
   const float* feed_forward_norm = nullptr;          // [hidden], before gate and up
   const float* feed_forward_out_norm = nullptr;      // [hidden], of what it adds
   const float *q_norm = nullptr, *k_norm = nullptr;  // [head_dim], of each head
+  const float* q_full_norm = nullptr;                // [n_heads * head_dim], of all heads together
+  const float* k_full_norm = nullptr;                // [n_kv_heads * head_dim]
   const float* attn_sub_norm = nullptr;              // [n_heads * head_dim], before o
   const float* ffn_sub_norm = nullptr;               // [intermediate], before down
   Linear q, k, v;                                    // [heads * head_dim, hidden]
   Linear o;                                          // [hidden, n_heads * head_dim]
-  Linear gate, up;                                   // [intermediate, hidden]
-  Linear down;                                       // [hidden, intermediate]
-  const float *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr;
-  const float *o_bias = nullptr, *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
-  int64_t sliding_window = 0;  // 0: attend to every earlier position
-  int rope = 0;                // which of the ropes; -1: none
+  const float *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *o_bias = nullptr;
+  const float* router = nullptr;           // [experts, hidden], chooses among feed-forwards
+  std::vector<FeedForward> feed_forwards;  // [experts], or one without a router
+  int64_t sliding_window = 0;              // 0: attend to every earlier position
+  int rope = 0;                            // which of the ropes; -1: none
 };
 
 struct DecoderWeights {
@@ -73,8 +84,17 @@ struct DecoderWeights {
 };
 
 // One plan for each vector that matrices read.
+struct FeedForwardPlans {
+  InputPlan gate_up, down;
+};
+
 struct LayerPlans {
-  InputPlan qkv, o, gate_up, down;
+  InputPlan qkv, o;
+  std::vector<FeedForwardPlans> feed_forwards;  // one if all experts read the same inputs
+
+  const FeedForwardPlans& of_expert(size_t i) const {
+    return feed_forwards[feed_forwards.size() == 1 ? 0 : i];
+  }
 };
 
 // The next tokens of one sequence.
@@ -85,6 +105,7 @@ struct Sequence {
 };
 
 struct Activations;
+class StepTimes;
 struct Token;
 
 // One model: const weights, shared by every cache and thread.
@@ -100,21 +121,26 @@ class Decoder {
   // weights. logits: [batch, vocab] of the last tokens, or [tokens of all sequences, vocab] if
   // `all`. Throws std::invalid_argument for an id outside the vocabulary and for a cache that is of
   // another shape, has no room or stands twice in the batch, std::runtime_error for one that is in
-  // use; all caches are then unchanged.
-  void forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool, float* logits);
+  // use; all caches are then unchanged. `times`, unless null, adds up what the parts take.
+  void forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool, float* logits,
+               StepTimes* times = nullptr);
 
  private:
   struct Pass;
   std::vector<Token> check_batch(const std::vector<Sequence>& batch) const;
+  // Calls visit(InputPlan) for the plans of all layers.
+  template <typename Visit>
+  void each_plan(const Visit& visit) const;
   int64_t most_regions() const;
-  // Tokens on their way through the layers together; `all`: and through the head.
-  int64_t tokens_at_once(bool all) const;
+  int64_t count_tokens_at_once(bool all) const;
   std::unique_ptr<Activations> take_activations(int64_t tokens, int threads, int64_t n_ctx);
 
   const DecoderConfig config_;
   const DecoderWeights weights_;
   std::vector<LayerPlans> plans_;
   const InputPlan head_plan_;
+  // Tokens on their way through the layers together; through the head as well.
+  int64_t tokens_at_once_, tokens_at_once_with_head_;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Activations>> idle_;  // of finished steps, for the next ones
 };

@@ -6,25 +6,7 @@
 
 namespace tmac {
 
-// norm(x) of the tokens token_at(0 .. count), rows of x [width], as tokens 0.. of `inputs`. For one
-// token the threads share the regions, and each computes the norm for itself.
-template <typename TokenAt>
-void Decoder::Pass::norm_into_inputs(const float* x, const float* weight, int64_t width,
-                                     const InputPlan& plan, Inputs& inputs, int64_t count,
-                                     const TokenAt& token_at) {
-  const int64_t parts = count == 1 ? team.threads() : 1;
-  const int64_t n_regions = plan.regions(count).size();
-  float* normed = a.normed.data() + team.thread() * a.widest;
-  team.parallel_for(count * parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t t = i / parts, part = i % parts;
-      isa.rms_norm(x + token_at(t) * width, weight, width, config.rms_norm_eps, normed);
-      inputs.build(plan, count, t, n_regions * part / parts, n_regions * (part + 1) / parts,
-                   normed);
-    }
-  });
-}
-
+// norm(x) of all tokens as `inputs`.
 void Decoder::Pass::norm_into_inputs(const float* x, const float* weight, int64_t width,
                                      const InputPlan& plan, Inputs& inputs) {
   norm_into_inputs(x, weight, width, plan, inputs, n, [](int64_t t) { return t; });
@@ -47,25 +29,38 @@ void Decoder::Pass::embed() {
       }
     }
   });
+  ended(Part::kEmbed);
 }
 
 void Decoder::Pass::layer(size_t i) {
   const LayerWeights& w = weights.layers[i];
   const LayerPlans& plans = model.plans_[i];
   norm_into_inputs(a.x.data(), w.input_norm, hidden, plans.qkv, a.inputs);
+  ended(Part::kInputs);
   multiply(a.inputs, plans.qkv,
            {{w.q, w.q_bias, a.q.data()}, {w.k, w.k_bias, a.k.data()}, {w.v, w.v_bias, a.v.data()}},
            n);
+  ended(Part::kQkv);
+  norm_and_clip(w);
   store_keys_and_values(static_cast<int64_t>(i));
+  ended(Part::kStore);
   attend(static_cast<int64_t>(i), plans.o);
+  ended(Part::kAttention);
   multiply_add(w.o, w.o_bias, w.attention_out_norm, a.inputs, plans.o);
-  feed_forward(w, plans);
+  ended(Part::kOut);
+  if (w.router == nullptr) {
+    feed_forward(w, plans);
+  } else {
+    mix_experts(i);
+    ended(Part::kExperts);
+  }
 }
 
 void Decoder::Pass::head(const int64_t* outputs, int64_t count, int64_t first, float* logits) {
   if (count == 0) return;
   norm_into_inputs(a.x.data(), weights.final_norm, hidden, model.head_plan_, a.head_inputs(), count,
                    [&](int64_t i) { return outputs[i] - first; });
+  ended(Part::kInputs);
   multiply(a.head_inputs(), model.head_plan_, {{weights.lm_head, nullptr, logits}}, count);
   if (config.logits_softcap > 0) {
     constexpr int64_t kPiece = 4096;
@@ -75,6 +70,7 @@ void Decoder::Pass::head(const int64_t* outputs, int64_t count, int64_t first, f
                    config.logits_softcap);
     });
   }
+  ended(Part::kHead);
 }
 
 // y[t, begin..end) += bias[begin..end); rows of y are `stride` apart.

@@ -23,6 +23,14 @@ void InputRegions::add_reader(const InputShape& shape) {
   reader_regions_.push_back(set->first_region);
 }
 
+bool InputRegions::operator==(const InputRegions& o) const {
+  const auto same = [](const Set& a, const Set& b) {
+    return a.first_region == b.first_region && a.shape == b.shape;
+  };
+  return size_ == o.size_ && reader_regions_ == o.reader_regions_ &&
+         std::equal(sets_.begin(), sets_.end(), o.sets_.begin(), o.sets_.end(), same);
+}
+
 namespace {
 
 // With int8 tables one bit plane is looked up faster than it is multiplied, on every instruction
@@ -46,6 +54,13 @@ InputPlan::InputPlan(std::initializer_list<Linear> readers) : k_(readers.begin()
       prefers_tables_[kind] &= prefers_tables_for(w.spec, static_cast<Tables>(kind));
     }
   }
+}
+
+bool InputPlan::operator==(const InputPlan& o) const {
+  return k_ == o.k_ && tables_ == o.tables_ && rows_ == o.rows_ &&
+         std::equal(std::begin(serves_rows_), std::end(serves_rows_), o.serves_rows_) &&
+         std::equal(std::begin(prefers_tables_), std::end(prefers_tables_), o.prefers_tables_) &&
+         cuts_regions_ == o.cuts_regions_ && shares_units_ == o.shares_units_;
 }
 
 // The activations of a shape's piece. x [shape.k] -> out [piece_weights].

@@ -98,6 +98,7 @@ class InputRegions {
   bool contiguous() const {
     return sets_.size() == 1 && sets_[0].shape.contiguous() && !sets_[0].shape.ternary();
   }
+  bool operator==(const InputRegions& o) const;
   // Where the regions of the i-th reader begin.
   int64_t first(size_t reader) const { return reader_regions_[reader]; }
 
@@ -144,6 +145,8 @@ class InputPlan {
   InputPlan(std::initializer_list<Linear> readers);
 
   int64_t k() const { return k_; }
+  // True if what is built for the readers of one serves those of the other.
+  bool operator==(const InputPlan& o) const;
   const InputRegions& regions(int64_t n_tokens) const {
     return reads_tables(n_tokens) ? tables_ : rows_;
   }

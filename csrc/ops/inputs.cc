@@ -48,9 +48,10 @@ RowSums Rows::sums(int thread) {
   return RowSums(sums_.data() + thread * RowSums::size(max_blocks_), max_blocks_);
 }
 
-Inputs::Inputs(Tables tables, int64_t max_regions, int64_t max_tokens, int64_t threads)
+Inputs::Inputs(Tables tables, int64_t max_regions, int64_t max_tokens, int64_t threads,
+               int64_t most_tables)
     : tables_(tables),
-      luts_(tables, max_regions, std::min(max_tokens, kTableTokens)),
+      luts_(tables, max_regions, std::max(std::min(max_tokens, kTableTokens), most_tables)),
       rows_(tables, max_regions, max_tokens, threads) {}
 
 float Inputs::choose_unit(const InputPlan& plan, int64_t n_tokens, int64_t token, bool stores,

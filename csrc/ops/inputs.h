@@ -59,7 +59,9 @@ class Rows {
 // tokens asks for. All calls about the same activations name the same number.
 class Inputs {
  public:
-  Inputs(Tables tables, int64_t max_regions, int64_t max_tokens, int64_t threads);
+  // `most_tables`: tokens whose tables there is room for, if more than products take at once.
+  Inputs(Tables tables, int64_t max_regions, int64_t max_tokens, int64_t threads,
+         int64_t most_tables = 0);
 
   Tables tables() const { return tables_; }
   // True if weights_at_once can be built before other activations are known.

@@ -14,11 +14,12 @@ Kernels::MultiplyTile kernel_of(const LinearSpec& spec, Tables tables) {
   return isa.multiply_tile[parts - 1][spec.bits - 1];
 }
 
-void look_up_tiles(const Linear& w, Inputs& inputs, int64_t first_region, int64_t n_tokens,
-                   int64_t tile_begin, int64_t tile_end, float* y, int64_t stride) {
+template <typename TokenAt>
+void look_up(const Linear& w, Inputs& inputs, int64_t first_region, const TokenAt& token_at,
+             int64_t n_tokens, int64_t tile_begin, int64_t tile_end, float* y, int64_t stride) {
   const auto multiply = kernel_of(w.spec, inputs.tables());
   LutView views[kTableTokens];
-  for (int64_t t = 0; t < n_tokens; ++t) views[t] = inputs.luts().view(t, first_region);
+  for (int64_t t = 0; t < n_tokens; ++t) views[t] = inputs.luts().view(token_at(t), first_region);
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const int64_t row = tile * kTileRows;
     const int64_t rows = std::min<int64_t>(kTileRows, w.spec.m - row);
@@ -38,12 +39,22 @@ void look_up_tiles(const Linear& w, Inputs& inputs, int64_t first_region, int64_
 
 }  // namespace
 
+void look_up_tiles(const Linear& w, Inputs& inputs, const InputPlan& plan, size_t reader,
+                   const int32_t* tokens, int64_t n_tokens, int64_t tile_begin, int64_t tile_end,
+                   float* y, int64_t stride) {
+  look_up(
+      w, inputs, plan.regions(n_tokens).first(reader), [&](int64_t i) { return tokens[i]; },
+      n_tokens, tile_begin, tile_end, y, stride);
+}
+
 void multiply_tiles(const Team& team, const Linear& w, Inputs& inputs, const InputPlan& plan,
                     size_t reader, int64_t n_tokens, int64_t tile_begin, int64_t tile_end, float* y,
                     int64_t stride) {
   const int64_t first_region = plan.regions(n_tokens).first(reader);
   if (reads_tables(n_tokens)) {
-    look_up_tiles(w, inputs, first_region, n_tokens, tile_begin, tile_end, y, stride);
+    look_up(
+        w, inputs, first_region, [](int64_t i) { return i; }, n_tokens, tile_begin, tile_end, y,
+        stride);
     return;
   }
   const RowView view = inputs.rows().view(plan, n_tokens, first_region);

@@ -14,6 +14,12 @@ void multiply_tiles(const Team& team, const Linear& w, Inputs& inputs, const Inp
                     size_t reader, int64_t n_tokens, int64_t tile_begin, int64_t tile_end, float* y,
                     int64_t stride);
 
+// The same for the tables of tokens[0 .. n_tokens), at most kTableTokens of those that the inputs
+// have room for: y[i] belongs to tokens[i].
+void look_up_tiles(const Linear& w, Inputs& inputs, const InputPlan& plan, size_t reader,
+                   const int32_t* tokens, int64_t n_tokens, int64_t tile_begin, int64_t tile_end,
+                   float* y, int64_t stride);
+
 // Calls work(begin, end) over runs of tiles that the team shares out, `at_once` tiles to a piece.
 template <typename Work>
 void for_tiles(Team& team, int64_t n_tiles, int64_t at_once, const Work& work) {

@@ -35,6 +35,7 @@ struct Avx2 {
   static B lookup(B t, B index) { return _mm256_shuffle_epi8(t, index); }
 
   static constexpr int kAccumulators = 8;  // of 16 registers
+  static constexpr int kVectorsTogether = 1;
 
   struct Index {
     B low, high;

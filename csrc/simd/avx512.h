@@ -45,6 +45,7 @@ struct Avx512 {
   static constexpr int kFloats = 16;
 
   static constexpr int kAccumulators = 16;  // of 32 registers
+  static constexpr int kVectorsTogether = 2;
 
   static B load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static B table(const int8_t* p) {
@@ -83,11 +84,7 @@ struct Avx512 {
     return _mm512_set1_epi32(static_cast<int32_t>(multipliers[i]));
   }
 #ifdef __AVX512VNNI__
-  // Not the intrinsic: GCC copies accumulators to and fro around it.
-  static I dot(I acc, B weights, B sums) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(sums));
-    return acc;
-  }
+  static I dot(I acc, B weights, B sums) { return _mm512_dpbusd_epi32(acc, weights, sums); }
   // int32 sums of 32 rows. A dot product takes longer to come out than the next one takes to go in:
   // one token alone needs two chains of them, low and high tables apart.
   template <int kChains>

@@ -29,6 +29,7 @@ struct Neon {
   static B lookup(B t, B index) { return vqtbl1q_s8(t, vreinterpretq_u8_s8(index)); }
 
   static constexpr int kAccumulators = 16;  // of 32 registers
+  static constexpr int kVectorsTogether = 1;
 
   struct Index {
     B low, high;

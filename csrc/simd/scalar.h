@@ -51,6 +51,7 @@ struct Scalar {
   }
 
   static constexpr int kAccumulators = 0;  // one token at a time
+  static constexpr int kVectorsTogether = 1;
 
   struct Index {
     B low, high;

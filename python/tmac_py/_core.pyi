@@ -107,31 +107,42 @@ OptionalTensor = Literal[
     "feed_forward_out_norm",
     "q_norm",
     "k_norm",
+    "q_full_norm",
+    "k_full_norm",
     "attn_sub_norm",
     "ffn_sub_norm",
     "q_bias",
     "k_bias",
     "v_bias",
     "o_bias",
-    "gate_bias",
-    "up_bias",
-    "down_bias",
+    "router",
 ]
+FeedForwardBias = Literal["gate_bias", "up_bias", "down_bias"]
 
 class OptionalTensors(TypedDict, total=False):
     attention_out_norm: NDArray[np.float32]
     feed_forward_out_norm: NDArray[np.float32]
     q_norm: NDArray[np.float32]
     k_norm: NDArray[np.float32]
+    q_full_norm: NDArray[np.float32]
+    k_full_norm: NDArray[np.float32]
     attn_sub_norm: NDArray[np.float32]
     ffn_sub_norm: NDArray[np.float32]
     q_bias: NDArray[np.float32]
     k_bias: NDArray[np.float32]
     v_bias: NDArray[np.float32]
     o_bias: NDArray[np.float32]
+    router: NDArray[np.float32]
+
+class FeedForwardBiases(TypedDict, total=False):
     gate_bias: NDArray[np.float32]
     up_bias: NDArray[np.float32]
     down_bias: NDArray[np.float32]
+
+class FeedForwardTensors(FeedForwardBiases):
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
 
 class LayerTensors(OptionalTensors):
     input_norm: NDArray[np.float32]
@@ -140,9 +151,7 @@ class LayerTensors(OptionalTensors):
     k_proj: Linear
     v_proj: Linear
     o_proj: Linear
-    gate_proj: Linear
-    up_proj: Linear
-    down_proj: Linear
+    feed_forwards: list[FeedForwardTensors]
     sliding_window: int
     rope: int
 
@@ -151,6 +160,13 @@ class RopeTables(TypedDict):
     attention_scale: float
     long_inv_freq: NDArray[np.float32] | None
     original_context: int
+
+class StepTimes:
+    """Adds up what the parts of steps take."""
+
+    def __init__(self) -> None: ...
+    @property
+    def seconds(self) -> dict[str, float]: ...
 
 class Decoder:
     """Const weights of one model; shared by every cache and thread."""
@@ -172,6 +188,9 @@ class Decoder:
         logits_softcap: float,
         embedding_scale: float,
         activation: str,
+        clip_qkv: float,
+        experts_per_token: int,
+        normalize_experts: bool,
         ropes: Sequence[RopeTables],
         tables: Tables,
         head_tables: Tables,
@@ -184,6 +203,7 @@ class Decoder:
         pool: ThreadPool,
         *,
         logits: Literal["last", "all"] = "last",
+        times: StepTimes | None = None,
     ) -> NDArray[np.float32]: ...
 
 class KvCache:

@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from time import perf_counter
 
@@ -103,12 +104,17 @@ class Measurement:
 
 
 def weight_bytes(file: LutFile) -> int:
-    """Packed bytes of the matrices that every token reads: all but an embedding of its own."""
-    return sum(
-        entry.nbytes
-        for entry in file.tensors.values()
-        if entry.kind == "linear"
-        and (file.config.tie_word_embeddings or entry.name != "model.embed_tokens.weight")
+    """Packed bytes of the matrices that a token reads: all but an embedding of its own.
+
+    Of experts those that it chooses, on average.
+    """
+    return round(
+        sum(
+            entry.nbytes * _share(file, entry.name)
+            for entry in file.tensors.values()
+            if entry.kind == "linear"
+            and (file.config.tie_word_embeddings or entry.name != "model.embed_tokens.weight")
+        )
     )
 
 
@@ -119,7 +125,21 @@ def weight_count(file: LutFile) -> int:
 
 def layer_products(file: LutFile) -> int:
     """Multiply-adds of one token in the matrices of the layers: all but embedding and head."""
-    return sum(m * k for name, (m, k) in _shapes(file).items() if name.startswith("model.layers."))
+    return round(
+        sum(
+            m * k * _share(file, name)
+            for name, (m, k) in _shapes(file).items()
+            if name.startswith("model.layers.")
+        )
+    )
+
+
+def _share(file: LutFile, name: str) -> Fraction:
+    """The part of tokens that a matrix is read for, if all experts are chosen as often."""
+    config = file.config
+    if ".experts." not in name:
+        return Fraction(1)
+    return Fraction(config.num_experts_per_tok, config.num_experts)
 
 
 def _shapes(file: LutFile) -> dict[str, tuple[int, int]]:
@@ -207,6 +227,20 @@ def _measure(model: Model, workload: Workload, repetitions: int) -> Measurement:
         weight_bytes(file),
         layer_products(file),
     )
+
+
+def profile(model: Model, n_gen: int, depth: int = 0) -> dict[str, float]:
+    """Seconds of each part of a decode step after ``depth`` tokens: the mean of ``n_gen`` steps.
+
+    Raises ContextError where these do not fit the model's context.
+    """
+    cache = model.new_cache(depth + n_gen + 1)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, depth + n_gen + 1)
+    prefill(model.forward, cache, ids[: depth + 1].astype(np.int32))
+    times = _core.StepTimes()
+    for i in range(depth + 1, depth + n_gen + 1):
+        model.forward_batch([ids[i : i + 1]], [cache], times=times)
+    return {part: seconds / n_gen for part, seconds in times.seconds.items() if seconds > 0}
 
 
 def peak_memory_bytes() -> int | None:

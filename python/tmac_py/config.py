@@ -22,7 +22,9 @@ HIDDEN_ACTS = ("silu", "gelu_pytorch_tanh", "relu2")
 
 _MAX_LAYERS = 4096
 _MAX_HEAD_DIM = 65536
+_MAX_EXPERTS = 4096
 _PROJECTIONS = (*ATTENTION, *FEED_FORWARD)
+_ROUTER = ".mlp.gate.weight"
 _SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -51,6 +53,11 @@ class ModelConfig:
     layers with a window. query_pre_attn_scalar: scores are divided by its root, None means
     ``head_dim``. attn_logit_softcapping, final_logit_softcapping: ``cap * tanh(x / cap)`` of scores
     and logits. embedding_scale: of the embedding's rows.
+
+    full_qk_norm: norms of all heads of q together, and of k. clip_qkv: the largest absolute value
+    in q, k and v. num_experts: feed-forwards of a layer, 0 means one; num_experts_per_tok of them,
+    of ``moe_intermediate_size``, are chosen for a token and weighed by a softmax, of the chosen
+    ones only if ``norm_topk_prob``. dense_layers: layers that have one all the same.
     """
 
     architecture: str = "llama"
@@ -83,6 +90,13 @@ class ModelConfig:
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     embedding_scale: float = 1.0
+    full_qk_norm: bool = False
+    clip_qkv: float | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    dense_layers: tuple[int, ...] = ()
 
     @classmethod
     def from_hf(
@@ -148,7 +162,7 @@ class ModelConfig:
         require_int("num_hidden_layers", self.num_hidden_layers, 1, _MAX_LAYERS)
         require_int("head_dim", self.head_dim, 1, _MAX_HEAD_DIM)
         require_int("sliding_window", self.sliding_window, 0, MAX_SIZE)
-        for name in ("tie_word_embeddings", "sub_norms", "out_norms", "qk_norm"):
+        for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ModelFileError(f"config: {name} must be true or false")
         bits = self.activation_bits
@@ -174,9 +188,10 @@ class ModelConfig:
             )
         if unknown := [name for name in self.biases if name not in _PROJECTIONS]:
             raise ModelFileError(f"config: biases: {unknown[0]!r} is not a projection")
-        for name in ("full_attention_layers", "layers_without_rope"):
+        for name in ("full_attention_layers", "layers_without_rope", "dense_layers"):
             for layer in getattr(self, name):
                 require_int(name, layer, 0, self.num_hidden_layers - 1)
+        self._validate_experts()
         if self.bos_token_id is not None:
             require_int("bos_token_id", self.bos_token_id, 0, self.vocab_size - 1)
         for token in self.eos_token_ids:
@@ -186,6 +201,23 @@ class ModelConfig:
                 raise ModelFileError("config: rope_scaling must be null or an object")
             check_rope_scaling(self.rope_scaling)
         self.ropes()
+
+    def _validate_experts(self) -> None:
+        if self.full_qk_norm and self.qk_norm:
+            raise ModelFileError("config: qk_norm and full_qk_norm exclude each other")
+        require_int("num_experts", self.num_experts, 0, _MAX_EXPERTS)
+        if self.num_experts == 0:
+            for name in _OF_EXPERTS:
+                if getattr(self, name):
+                    raise ModelFileError(f"config: {name} needs num_experts")
+            return
+        require_int("num_experts_per_tok", self.num_experts_per_tok, 1, self.num_experts)
+        require_int("moe_intermediate_size", self.moe_intermediate_size, 1, MAX_SIZE)
+        if self.sub_norms or self.out_norms or set(self.biases) & set(FEED_FORWARD):
+            raise UnsupportedError(
+                "num_experts together with sub_norms, out_norms or biases of the feed-forward is "
+                "not supported"
+            )
 
     @property
     def default_tables(self) -> Tables:
@@ -230,9 +262,29 @@ class ModelConfig:
             return -1
         return int(self.rope_local_base_freq is not None and self.window_of(layer) > 0)
 
+    def experts_of(self, layer: int) -> int:
+        """Feed-forwards that a layer chooses among, 0 for one and no choice."""
+        return 0 if layer in self.dense_layers else self.num_experts
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor: matrices ``(m, k)``, norms and biases ``(n,)``."""
-        hidden, feed_forward = self.hidden_size, self.intermediate_size
+        """Name and shape of every tensor.
+
+        Matrices ``(m, k)``, norms and biases ``(n,)``, routers of experts ``(num_experts, k)``,
+        which are no matrices by `is_matrix`.
+        """
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, self.hidden_size)
+        }
+        for index in range(self.num_hidden_layers):
+            for name, shape in self._layer_shapes(self.experts_of(index)).items():
+                shapes[f"model.layers.{index}.{name}"] = shape
+        shapes["model.norm.weight"] = (self.hidden_size,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def _layer_shapes(self, experts: int) -> dict[str, tuple[int, ...]]:
+        hidden = self.hidden_size
         q_rows = self.num_attention_heads * self.head_dim
         kv_rows = self.num_key_value_heads * self.head_dim
         layer: dict[str, tuple[int, ...]] = {
@@ -243,31 +295,37 @@ class ModelConfig:
         }
         if self.qk_norm:
             layer["self_attn.q_norm.weight"] = layer["self_attn.k_norm.weight"] = (self.head_dim,)
+        if self.full_qk_norm:
+            layer["self_attn.q_norm.weight"] = (q_rows,)
+            layer["self_attn.k_norm.weight"] = (kv_rows,)
         if self.sub_norms:
             layer["self_attn.attn_sub_norm.weight"] = (q_rows,)
         layer["self_attn.o_proj.weight"] = (hidden, q_rows)
         layer["post_attention_layernorm.weight"] = (hidden,)
         if self.out_norms:
             layer["pre_feedforward_layernorm.weight"] = (hidden,)
-        layer["mlp.gate_proj.weight"] = layer["mlp.up_proj.weight"] = (feed_forward, hidden)
-        if self.sub_norms:
-            layer["mlp.ffn_sub_norm.weight"] = (feed_forward,)
-        layer["mlp.down_proj.weight"] = (hidden, feed_forward)
+        width = self.moe_intermediate_size if experts else self.intermediate_size
+        if experts:
+            layer["mlp.gate.weight"] = (experts, hidden)
+        for module in [f"mlp.experts.{i}" for i in range(experts)] or ["mlp"]:
+            layer[f"{module}.gate_proj.weight"] = layer[f"{module}.up_proj.weight"] = (
+                width,
+                hidden,
+            )
+            if self.sub_norms:
+                layer[f"{module}.ffn_sub_norm.weight"] = (width,)
+            layer[f"{module}.down_proj.weight"] = (hidden, width)
         if self.out_norms:
             layer["post_feedforward_layernorm.weight"] = (hidden,)
         for name in self.biases:
             module = f"{'self_attn' if name in ATTENTION else 'mlp'}.{name}"
             layer[f"{module}.bias"] = layer[f"{module}.weight"][:1]
-        shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self.vocab_size, hidden)
-        }
-        for index in range(self.num_hidden_layers):
-            for name, shape in layer.items():
-                shapes[f"model.layers.{index}.{name}"] = shape
-        shapes["model.norm.weight"] = (hidden,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
-        return shapes
+        return layer
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of the model is a matrix with codes: routers are kept as floats."""
+    return len(shape) == 2 and not name.endswith(_ROUTER)
 
 
 OPTIONAL = frozenset(
@@ -285,6 +343,13 @@ OPTIONAL = frozenset(
         "attn_logit_softcapping",
         "final_logit_softcapping",
         "embedding_scale",
+        "full_qk_norm",
+        "clip_qkv",
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "dense_layers",
     )
 )
 """Fields that a .lut has only where they say something."""
@@ -295,6 +360,7 @@ _NUMBERS_OR_NONE = frozenset(
         "query_pre_attn_scalar",
         "attn_logit_softcapping",
         "final_logit_softcapping",
+        "clip_qkv",
     )
 )
 _NUMBERS = _NUMBERS_OR_NONE | {
@@ -308,5 +374,15 @@ _LIST_OF = {
     "biases": "names",
     "full_attention_layers": "integers",
     "layers_without_rope": "integers",
+    "dense_layers": "integers",
 }
 _LISTS = frozenset(_LIST_OF)
+_FLAGS = (
+    "tie_word_embeddings",
+    "sub_norms",
+    "out_norms",
+    "qk_norm",
+    "full_qk_norm",
+    "norm_topk_prob",
+)
+_OF_EXPERTS = ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "dense_layers")

@@ -11,22 +11,38 @@ from tmac_py.packing import open_linear
 from tmac_py.spec import Tables
 
 if TYPE_CHECKING:  # types that the core itself does not hold
-    from tmac_py._core import LayerTensors, OptionalTensor
+    from tmac_py._core import (
+        FeedForwardBias,
+        FeedForwardTensors,
+        LayerTensors,
+        OptionalTensor,
+    )
 
 _OPTIONAL: dict[OptionalTensor, str] = {
-    "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight",
     "attn_sub_norm": "self_attn.attn_sub_norm.weight",
     "ffn_sub_norm": "mlp.ffn_sub_norm.weight",
     "q_bias": "self_attn.q_proj.bias",
     "k_bias": "self_attn.k_proj.bias",
     "v_bias": "self_attn.v_proj.bias",
     "o_bias": "self_attn.o_proj.bias",
-    "gate_bias": "mlp.gate_proj.bias",
-    "up_bias": "mlp.up_proj.bias",
-    "down_bias": "mlp.down_proj.bias",
+    "router": "mlp.gate.weight",
 }
 """Tensors that only some families have: name in the core -> name in a layer."""
+
+_QK_NORMS: dict[OptionalTensor, str] = {
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+}
+_FULL_QK_NORMS: dict[OptionalTensor, str] = {
+    "q_full_norm": "self_attn.q_norm.weight",
+    "k_full_norm": "self_attn.k_norm.weight",
+}
+
+_FEED_FORWARD_BIASES: dict[FeedForwardBias, str] = {
+    "gate_bias": "gate_proj.bias",
+    "up_bias": "up_proj.bias",
+    "down_bias": "down_proj.bias",
+}
 
 _OUT_NORMS: dict[OptionalTensor, str] = {
     "attention_out_norm": "post_attention_layernorm.weight",
@@ -54,6 +70,17 @@ def build_decoder(file: LutFile, tables: Tables) -> _core.Decoder:
 
     shapes = config.tensor_shapes()
 
+    def feed_forward(module: str) -> FeedForwardTensors:
+        result: FeedForwardTensors = {
+            "gate_proj": linear(f"{module}.gate_proj"),
+            "up_proj": linear(f"{module}.up_proj"),
+            "down_proj": linear(f"{module}.down_proj"),
+        }
+        for key, name in _FEED_FORWARD_BIASES.items():
+            if f"{module}.{name}" in shapes:
+                result[key] = file.float(f"{module}.{name}")
+        return result
+
     def layer(index: int) -> LayerTensors:
         prefix = f"model.layers.{index}."
         result: LayerTensors = {
@@ -63,9 +90,11 @@ def build_decoder(file: LutFile, tables: Tables) -> _core.Decoder:
             "k_proj": linear(f"{prefix}self_attn.k_proj"),
             "v_proj": linear(f"{prefix}self_attn.v_proj"),
             "o_proj": linear(f"{prefix}self_attn.o_proj"),
-            "gate_proj": linear(f"{prefix}mlp.gate_proj"),
-            "up_proj": linear(f"{prefix}mlp.up_proj"),
-            "down_proj": linear(f"{prefix}mlp.down_proj"),
+            "feed_forwards": [
+                feed_forward(prefix + module)
+                for module in [f"mlp.experts.{i}" for i in range(config.experts_of(index))]
+                or ["mlp"]
+            ],
             "sliding_window": config.window_of(index),
             "rope": config.rope_of(index),
         }
@@ -74,7 +103,7 @@ def build_decoder(file: LutFile, tables: Tables) -> _core.Decoder:
                 result[key] = file.float(prefix + name)
         return result
 
-    optional = dict(_OPTIONAL)
+    optional = _OPTIONAL | (_FULL_QK_NORMS if config.full_qk_norm else _QK_NORMS)
     feed_forward_norm = "post_attention_layernorm"
     if config.out_norms:
         feed_forward_norm = "pre_feedforward_layernorm"
@@ -96,6 +125,9 @@ def build_decoder(file: LutFile, tables: Tables) -> _core.Decoder:
         logits_softcap=config.final_logit_softcapping or 0.0,
         embedding_scale=config.embedding_scale,
         activation=config.hidden_act,
+        clip_qkv=config.clip_qkv or 0.0,
+        experts_per_token=config.num_experts_per_tok,
+        normalize_experts=config.norm_topk_prob,
         ropes=[
             {
                 "inv_freq": rope.inv_freq,

@@ -238,9 +238,10 @@ def _still_running(process: subprocess.Popen[bytes]) -> bool:
 def _largest_file(folder: Path) -> int:
     """Bytes of the largest file below ``folder``: pip's download so far."""
     largest = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):  # pip may have moved it meanwhile
-            largest = max(largest, path.stat().st_size)
+    for place, _, names in os.walk(folder):  # passes over folders that pip has removed meanwhile
+        for name in names:
+            with suppress(OSError):
+                largest = max(largest, Path(place, name).stat().st_size)
     return largest
 
 

@@ -77,6 +77,42 @@ def _qwen3(config: Values, n_layers: int) -> dict[str, Any]:
     return {**_biases(config), "qk_norm": True, **_qwen_windows(config, n_layers)}
 
 
+def _qwen3_moe(config: Values, n_layers: int) -> dict[str, Any]:
+    """Layers with experts follow a period, less some that are named. A window is for all layers."""
+    step = max(1, integer(config, "decoder_sparse_step", 1))
+    only = config.get("mlp_only_layers") or []
+    if not isinstance(only, list):
+        raise ModelFileError("config.json: mlp_only_layers must be a list of layers")
+    dense = tuple(i for i in range(n_layers) if i in only or (i + 1) % step)
+    fields: dict[str, Any] = {**_attention_biases(config), "qk_norm": True}
+    if config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None:
+        fields["sliding_window"] = integer(config, "sliding_window", 4096)
+    experts = _experts(config, integer(config, "moe_intermediate_size", 768), 128)
+    if experts["num_experts"] == 0 or len(dense) == n_layers:
+        return fields
+    return {**fields, **experts, "dense_layers": dense}
+
+
+def _olmoe(config: Values, _n_layers: int) -> dict[str, Any]:
+    return {
+        **_attention_biases(config),
+        **_experts(config, integer(config, "intermediate_size", 2048), 64),
+        "full_qk_norm": True,
+        "clip_qkv": optional_number(config, "clip_qkv", None),
+    }
+
+
+def _experts(config: Values, width: int, default: int) -> dict[str, Any]:
+    """transformers 5 writes ``num_local_experts`` for some families."""
+    key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    return {
+        "num_experts": integer(config, key, default),
+        "num_experts_per_tok": integer(config, "num_experts_per_tok", 8),
+        "moe_intermediate_size": width,
+        "norm_topk_prob": bool(config.get("norm_topk_prob")),
+    }
+
+
 def _qwen_windows(config: Values, n_layers: int) -> dict[str, Any]:
     """The upper layers have a window, if it is switched on."""
     if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
@@ -166,12 +202,16 @@ def _rounded(value: float, dtype: object) -> float:
 
 
 def _biases(config: Values) -> dict[str, Any]:
-    attention = ATTENTION if config.get("attention_bias") else ()
-    return {"biases": (*attention, *(FEED_FORWARD if config.get("mlp_bias") else ()))}
+    feed_forward = FEED_FORWARD if config.get("mlp_bias") else ()
+    return {"biases": (*_attention_biases(config)["biases"], *feed_forward)}
 
 
-def _attention_bias(config: Values, _n_layers: int) -> dict[str, Any]:
-    return {"biases": ATTENTION if config.get("attention_bias") else (), "sub_norms": True}
+def _attention_biases(config: Values) -> dict[str, Any]:
+    return {"biases": ATTENTION if config.get("attention_bias") else ()}
+
+
+def _bitnet(config: Values, _n_layers: int) -> dict[str, Any]:
+    return {**_attention_biases(config), "sub_norms": True}
 
 
 def _windows(config: Values, n_layers: int, slides: Callable[[int], bool]) -> dict[str, Any]:
@@ -211,6 +251,12 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("Mistral", {"num_key_value_heads": 8}, _mistral),
     "qwen2": Family("Qwen2, Qwen2.5", {"max_position_embeddings": 32768}, _qwen2),
     "qwen3": Family("Qwen3", {"head_dim": 128, "max_position_embeddings": 32768}, _qwen3),
+    "qwen3_moe": Family(
+        "Qwen3 mixture of experts",
+        {"num_key_value_heads": 4, "max_position_embeddings": 32768},
+        _qwen3_moe,
+    ),
+    "olmoe": Family("OLMoE", {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}, _olmoe),
     "smollm3": Family(
         "SmolLM3",
         {
@@ -246,7 +292,7 @@ FAMILIES: dict[str, Family] = {
             "rope_theta": 500000.0,
             "hidden_act": "relu2",
         },
-        _attention_bias,
+        _bitnet,
     ),
 }
 """``model_type`` in config.json -> family."""

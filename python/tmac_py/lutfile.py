@@ -118,7 +118,7 @@ class LutFile:
         return None if entry is None else self._bytes(entry).view("<i4")
 
     def float(self, name: str) -> NDArray[np.float32]:
-        """A float32 vector. Raises KeyError if there is none of that name."""
+        """A float32 vector, or a layer's router. Raises KeyError if there is none of that name."""
         entry = self.tensors[name]
         if entry.kind != "float":
             raise KeyError(name)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import xxhash
 
-from tmac_py.config import ModelConfig
+from tmac_py.config import ModelConfig, is_matrix
 from tmac_py.errors import ModelFileError, TmacError
 from tmac_py.quant import MAX_BCQ_BITS, MAX_BITS
 from tmac_py.spec import LAYOUTS, LinearSpec, OffsetKind
@@ -137,15 +137,19 @@ def check_shapes(config: ModelConfig, entries: Iterable[TensorEntry]) -> None:
     found = {entry.name: entry for entry in entries if entry.kind != "file"}
     for name, entry in found.items():
         matrix = matrix_of(name)
-        if entry.kind == "order" and len(expected.get(matrix, ())) == 2 and matrix != _UNORDERED:
-            expected[name] = expected[matrix][1:]
+        shape = expected.get(matrix, ())
+        if entry.kind == "order" and is_matrix(matrix, shape) and matrix != _UNORDERED:
+            expected[name] = shape[1:]
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
     wrong = [
         f"{name} {list(entry.shape)} (must be {list(expected[name])})"
         for name, entry in found.items()
         if name in expected
-        and (entry.shape != expected[name] or (entry.kind == "linear") != (len(entry.shape) == 2))
+        and (
+            entry.shape != expected[name]
+            or (entry.kind == "linear") != is_matrix(name, entry.shape)
+        )
     ]
     parts = [
         f"{what} {_listing(names)}"

@@ -17,7 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from tmac_py.blockwriter import BlockWriter
-from tmac_py.config import ModelConfig
+from tmac_py.config import ModelConfig, is_matrix
 from tmac_py.errors import ModelFileError
 from tmac_py.filelock import create_held, remove_unheld
 from tmac_py.lutheader import (
@@ -126,7 +126,7 @@ class LutWriter:
         self._added.add(name)
 
     def add_float(self, name: str, values: NDArray[np.float32]) -> None:
-        """Keep one float32 vector; it is written when the file is complete."""
+        """Keep one float32 vector or router; it is written when the file is complete."""
         if values.dtype != np.float32:
             raise ModelFileError(f"tensor {name}: must be float32, found {values.dtype}")
         self._expect(name, values.shape)
@@ -224,9 +224,10 @@ def _largest_header(
     placeholder = TensorEntry("", "linear", (), longest, longest, "0" * 32)
     entries = []
     for name, shape in config.tensor_shapes().items():
-        if len(shape) == 2:
+        if is_matrix(name, shape):
             number = -2.2250738585072014e-308
-            spec = LinearSpec(*shape, 8, 2**31 - 1, "offset", number, scale=number)
+            m, k = shape
+            spec = LinearSpec(m, k, 8, 2**31 - 1, "offset", number, scale=number)
             entries.append(replace(placeholder, name=name, spec=spec))
         else:
             entries.append(replace(placeholder, name=name, kind="float", shape=shape))

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tmac_py import _core
-from tmac_py.chat import ChatTemplate, Message, find_template
 from tmac_py.checks import check_kv, check_tables, check_threads, check_whole
 from tmac_py.config import ModelConfig
 from tmac_py.decoder import build_decoder
@@ -29,6 +28,7 @@ from tmac_py.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from tmac_py.chat import ChatTemplate, Message
     from tmac_py.options import GenerationOptions
 
 _BUSY = "in use by another thread"
@@ -70,9 +70,8 @@ class Model:
         self.tables = check_tables(self.config.default_tables if tables is None else tables)
         files = file.tokenizer
         self._tokenizer = Tokenizer(files, bos_id=file.config.bos_token_id) if files else None
-        settings = self._tokenizer.config if self._tokenizer else {}
         self.sampling_defaults = load_defaults(files)
-        self._template_source = chat_template or find_template(files, settings)
+        self._template_source = chat_template
         self._template: ChatTemplate | None = None
         self._pool = thread_pool(self.threads)
         self._decoder: _core.Decoder | None = build_decoder(file, self.tables)
@@ -127,10 +126,15 @@ class Model:
     @property
     def chat_template(self) -> ChatTemplate | None:
         """The template of a chat model, None for others; TmacError if it is not a valid one."""
-        if self._template is None and self._template_source is not None:
+        if self._template is None and self._tokenizer is not None:
+            from tmac_py.chat import ChatTemplate, find_template  # jinja2 takes a while to import
+
+            source = self._template_source or find_template(
+                self.file.tokenizer, self._tokenizer.config
+            )
             names = {"bos_token": self.tokenizer.bos_token, "eos_token": self.tokenizer.eos_token}
             known = {name: token for name, token in names.items() if token is not None}
-            self._template = ChatTemplate(self._template_source, known)
+            self._template = None if source is None else ChatTemplate(source, known)
         return self._template
 
     @property
@@ -193,6 +197,7 @@ class Model:
         ids: Sequence[ArrayLike],
         caches: Sequence[_core.KvCache],
         logits: Literal["last", "all"] = "last",
+        times: _core.StepTimes | None = None,
     ) -> list[Logits]:
         """Run several sequences through the model in one pass over the weights.
 
@@ -203,6 +208,7 @@ class Model:
             ids: for each sequence its next ids, at least one.
             caches: what came before, one for each sequence; each grows by its ids.
             logits: for the last id of each or for all.
+            times: adds up what the parts of the step take.
 
         Returns:
             for each sequence float32 [vocab] for "last", float32 [n, vocab] for "all".
@@ -225,7 +231,7 @@ class Model:
                     f"and {cache.pos} are in use"
                 )
         try:
-            out = self._open_decoder().forward(batch, self._pool, logits=logits)
+            out = self._open_decoder().forward(batch, self._pool, logits=logits, times=times)
         except ValueError as error:
             raise OptionError(str(error)) from error
         except RuntimeError as error:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from tmac_py.config import ModelConfig
+from tmac_py.config import ModelConfig, is_matrix
 from tmac_py.errors import OptionError
 from tmac_py.lutheader import ROW_TILE, packed_nbytes
 from tmac_py.lutwriter import LutWriter
@@ -61,6 +61,41 @@ SHAPES: Mapping[str, ModelConfig] = MappingProxyType(
             max_position_embeddings=4096,
             tie_word_embeddings=True,
             activation_bits=8,
+        ),
+        "qwen3-30b-a3b": ModelConfig(
+            hidden_size=2048,
+            intermediate_size=6144,
+            num_hidden_layers=48,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            head_dim=128,
+            vocab_size=151936,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            max_position_embeddings=40960,
+            tie_word_embeddings=False,
+            qk_norm=True,
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
+            norm_topk_prob=True,
+        ),
+        "olmoe-1b-7b": ModelConfig(
+            hidden_size=2048,
+            intermediate_size=1024,
+            num_hidden_layers=16,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            head_dim=128,
+            vocab_size=50304,
+            rms_norm_eps=1e-5,
+            rope_theta=10000.0,
+            max_position_embeddings=4096,
+            tie_word_embeddings=False,
+            full_qk_norm=True,
+            num_experts=64,
+            num_experts_per_tok=8,
+            moe_intermediate_size=1024,
         ),
         "smollm2-135m": ModelConfig(
             hidden_size=576,
@@ -125,14 +160,23 @@ def write_synthetic(path: str | Path, text: str, *, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     with LutWriter(path, config=config, tokenizer={}, source={"synthetic": text}) as writer:
         for name, shape in config.tensor_shapes().items():
-            if len(shape) == 1:
-                writer.add_float(name, np.ones(shape, np.float32))
+            if not is_matrix(name, shape):
+                writer.add_float(name, _random_floats(rng, shape))
                 continue
             is_head = name in ("model.embed_tokens.weight", "lm_head.weight")
             m, k = shape
             rows = _random_rows(rng, k, _head_bits(weights) if is_head else weights)
             spec = replace(rows.spec, m=m)
             writer.add_linear(name, _repeat_tiles(pack(rows), spec), spec)
+
+
+def _random_floats(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Norms of ones; routers under which every expert is chosen as often."""
+    if len(shape) == 1:
+        return np.ones(shape, np.float32)
+    values = rng.standard_normal(shape, np.float32)
+    values /= np.float32(shape[1] ** 0.5)
+    return values
 
 
 def _head_bits(weights: str) -> str:

@@ -7,7 +7,8 @@ Every feature that the family has is switched on, norms and biases are random, a
 that 8 bits hold them exactly, as in make_tiny_models.py. Logits are plain float32 ("logits"; of the
 first tokens alone, "logits_begin", where a longer text changes them), and "exact_error" is how far
 the decoder's documented roundings with exact tables move them: products by tables, keys and values
-in fp16.
+in fp16. Weights of OLMoE are saved as transformers holds them, all experts in a tensor, others as
+published checkpoints have them.
 """
 
 from __future__ import annotations
@@ -31,15 +32,17 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
-from tmac_py.quant import quantize_rtn
+from tmac_py.quant import QuantTensor, quantize_rtn
 
 N_IDS = 40
 N_BEGIN = 20
@@ -92,6 +95,33 @@ MODELS: dict[str, tuple[PreTrainedConfig, torch.dtype]] = {
             rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
         ),
         torch.bfloat16,
+    ),
+    "qwen3_moe": (
+        Qwen3MoeConfig(
+            **COMMON,
+            head_dim=20,
+            attention_bias=True,
+            use_sliding_window=True,
+            sliding_window=WINDOW,
+            num_experts=6,
+            num_experts_per_tok=3,
+            moe_intermediate_size=36,
+            norm_topk_prob=True,
+            mlp_only_layers=[1],
+            rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        ),
+        torch.bfloat16,
+    ),
+    "olmoe": (
+        OlmoeConfig(
+            **{**COMMON, "intermediate_size": 40, "num_hidden_layers": 2},
+            attention_bias=True,
+            clip_qkv=1.5,
+            num_experts=5,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        ),
+        torch.float16,
     ),
     "smollm3": (
         SmolLM3Config(
@@ -164,11 +194,41 @@ def fill(model: PreTrainedModel, rng: np.random.Generator) -> None:
             values = rng.normal(0, 0.3, parameter.shape).astype(np.float32)
         elif parameter.ndim == 1:
             values = rng.normal(centre, 0.2, parameter.shape).astype(np.float32)
+        elif parameter.ndim == 3:  # an expert each
+            size = 1 / parameter.shape[2] ** 0.5
+            values = np.stack(
+                [on_a_grid(rng, tuple(w.shape), GROUP_SIZE, size, steps) for w in parameter]
+            )
         else:
             gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
             size = 0.4 if "embed" in name else gain / parameter.shape[1] ** 0.5
             values = on_a_grid(rng, tuple(parameter.shape), GROUP_SIZE, size, steps)
         parameter.data = torch.from_numpy(values).to(model.dtype)
+
+
+def experts_by_tables(
+    experts: torch.nn.Module, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The forward of transformers' experts for x [n, hidden], with products by exact tables."""
+    out = torch.zeros_like(x)
+    for expert in chosen.unique():
+        tokens, place = torch.where(chosen == expert)
+        gate_up, down = (
+            partial(table_product, quantised(w[expert]), "exact", None)
+            for w in (experts.gate_up_proj, experts.down_proj)
+        )
+        gate, up = gate_up(x[None, tokens]).chunk(2, dim=-1)
+        y = down(experts.act_fn(gate) * up)[0]
+        out.index_add_(0, tokens, y * weights[tokens, place, None])
+    return out
+
+
+def quantised(weight: torch.Tensor) -> QuantTensor:
+    """8 bits, which must hold the weights exactly."""
+    w = weight.detach().numpy()
+    result = quantize_rtn(w, bits=8, group_size=GROUP_SIZE)
+    assert np.array_equal(result.dequantize(), w)
+    return result
 
 
 @contextmanager
@@ -185,12 +245,14 @@ def rounded(model: PreTrainedModel) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(module, "eager_attention_forward", attend_to_halves))
         for linear in model.modules():
-            if isinstance(linear, torch.nn.Linear):
-                quantised = quantize_rtn(
-                    linear.weight.detach().numpy(), bits=8, group_size=GROUP_SIZE
+            if hasattr(linear, "gate_up_proj") and isinstance(
+                linear.gate_up_proj, torch.nn.Parameter
+            ):
+                stack.enter_context(
+                    patch.object(linear, "forward", partial(experts_by_tables, linear))
                 )
-                assert np.array_equal(quantised.dequantize(), linear.weight.detach().numpy())
-                product = partial(table_product, quantised, "exact", None)
+            if isinstance(linear, torch.nn.Linear):
+                product = partial(table_product, quantised(linear.weight), "exact", None)
                 if linear.bias is not None:
                     product = partial(lambda p, b, x: p(x) + b, product, linear.bias.detach())
                 stack.enter_context(patch.object(linear, "forward", product))
@@ -205,7 +267,7 @@ def make(name: str) -> dict[str, NDArray[Any]]:
     fill(fresh, rng)
     ids = rng.integers(0, config.vocab_size, N_IDS).astype(np.int32)
     with tempfile.TemporaryDirectory() as folder:
-        fresh.save_pretrained(folder)
+        fresh.save_pretrained(folder, save_original_format=name != "olmoe")
         files = {
             file.name: np.frombuffer(file.read_bytes(), np.uint8)
             for file in sorted(Path(folder).iterdir())

@@ -82,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tables", choices=get_args(Tables), help="lookup tables, as for tmac run")
     parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="print what the parts of a decode step take, in place of the rows",
+    )
+    parser.add_argument(
         "-o", "--output", choices=_FORMATS, default="md", help="how to print (default: md)"
     )
     parser.add_argument(
@@ -98,6 +103,10 @@ def execute(args: argparse.Namespace) -> int:
     threads = args.threads or [default_threads()]
     isas = args.isa.split(",") if args.isa else [None]
     with tempfile.TemporaryDirectory(prefix="tmac-bench-") as folder:
+        if args.profile:
+            for name, path in _models(args, Path(folder)):
+                _print_profile(name, path, workloads, threads, args)
+            return 0
         writer = _WRITERS[args.output]()
         for name, path in _models(args, Path(folder)):
             for isa in isas:
@@ -135,6 +144,28 @@ def _rows(
         isa=isa,
     ):
         yield {**facts, **_numbers_of(measured)}
+
+
+def _print_profile(
+    name: str, path: Path, workloads: list[Workload], threads: list[int], args: argparse.Namespace
+) -> None:
+    from tmac_py.benchmark import profile
+    from tmac_py.cli.tables import format_table
+    from tmac_py.model import Model
+
+    for number in threads:
+        with Model.load(path, threads=number, tables=args.tables, check=False) as model:
+            for workload in workloads:
+                if workload.n_prompt:
+                    continue
+                seconds = profile(model, workload.n_gen, workload.depth)
+                whole = sum(seconds.values())
+                print(f"{name}, {workload.name}, {number} threads: {whole * 1e3:.2f} ms a token\n")
+                rows = [
+                    (part, f"{own * 1e6:.0f}", f"{own / whole:.1%}")
+                    for part, own in seconds.items()
+                ]
+                print(format_table([("part", "us", "share"), *rows], right="lrr"), flush=True)
 
 
 def _machine() -> dict[str, Any]:

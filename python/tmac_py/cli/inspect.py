@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tmac_py.lutheader import TensorEntry
 
 _LAYER = re.compile(r"^model\.layers\.\d+\.")
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+\.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,13 +96,14 @@ def _weights(entry: TensorEntry) -> int:
 
 
 def _grouped(linears: Iterable[TensorEntry]) -> list[tuple[str, list[TensorEntry]]]:
-    """Matrices of the same role (the name without the layer) and encoding, in file order."""
+    """Matrices of the same role (the name without layer and expert) and encoding, in file order."""
     groups: dict[tuple[str, object], list[TensorEntry]] = {}
     for entry in linears:
         assert entry.spec is not None
         has_scale = entry.spec.scale is not None
         encoding = (replace(entry.spec, scale=None), has_scale)
-        groups.setdefault((_LAYER.sub("", entry.name), encoding), []).append(entry)
+        role = _EXPERT.sub("", _LAYER.sub("", entry.name))
+        groups.setdefault((role, encoding), []).append(entry)
     return [(name, entries) for (name, _), entries in groups.items()]
 
 

@@ -78,6 +78,17 @@ COMMANDS = (
         ),
     ),
     Command(
+        "eval",
+        "measure how well a model predicts a text or answers, and how far it is from another",
+        (
+            "tmac eval model.lut -f text.txt",
+            "tmac eval model-2bit.lut -f text.txt --reference model.lut --resume state.jsonl",
+            "tmac eval model.lut -f text.txt -c 1024 --save-logits base.logits",
+            "tmac eval model-2bit.lut --kl-base base.logits --json",
+            "tmac eval model-2bit.lut --multiple-choice questions.jsonl --reference model.lut",
+        ),
+    ),
+    Command(
         "inspect",
         "show and check what a .lut file holds",
         ("tmac inspect model.lut", "tmac inspect model.lut --tensors --json"),
@@ -140,6 +151,11 @@ def convert(argv: Sequence[str] | None = None) -> int:
 def bench(argv: Sequence[str] | None = None) -> int:
     """``tmac-bench``, short for ``tmac bench``. Returns the exit status."""
     return _single("bench", argv)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """``tmac-eval``, short for ``tmac eval``. Returns the exit status."""
+    return _single("eval", argv)
 
 
 def inspect(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,14 @@ MODEL_HELP = (
 )
 
 
+def model_name(positional: str | None, option: str | None) -> str:
+    """The model that an argument or ``-m`` names, else the default; TmacError for two of them."""
+    given = {name for name in (positional, option) if name is not None}
+    if len(given) > 1:
+        raise TmacError(f"two models are given: {positional} and -m {option}")
+    return given.pop() if given else DEFAULT_MODEL
+
+
 def resolve_model(name: str, *, cache_dir: str | None, offline: bool, quiet: bool) -> Path:
     """The .lut file that ``name`` means.
 

@@ -10,7 +10,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tmac_py.cli.models import DEFAULT_MODEL, resolve_model
+from tmac_py.cli.arguments import decode_text
+from tmac_py.cli.models import model_name, resolve_model
 from tmac_py.cli.run_options import add_arguments
 from tmac_py.errors import TmacError
 
@@ -23,7 +24,7 @@ __all__ = ["add_arguments", "execute"]
 
 def execute(args: argparse.Namespace) -> int:
     """Answer the prompt or chat; returns the exit status: 0, or 130 after Ctrl-C."""
-    name = _model_name(args)
+    name = model_name(args.model, args.model_option)
     _check_combinations(args)
     chatting = args.chat or (_on_terminal(args) and not args.json)
     prompt = None if chatting and args.prompt is args.file is None else _read_prompt(args)
@@ -31,7 +32,7 @@ def execute(args: argparse.Namespace) -> int:
     _check_prompt_cache(args)
     template = None
     if args.chat_template_file is not None:
-        template = _decode(Path(args.chat_template_file).read_bytes(), args.chat_template_file)
+        template = decode_text(Path(args.chat_template_file).read_bytes(), args.chat_template_file)
     where = {"cache_dir": args.cache_dir, "offline": args.offline, "quiet": args.quiet}
     path = resolve_model(name, **where)
     draft_path = args.draft_model and resolve_model(args.draft_model, **where)
@@ -162,39 +163,21 @@ def _show(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _model_name(args: argparse.Namespace) -> str:
-    given = {name for name in (args.model, args.model_option) if name is not None}
-    if len(given) > 1:
-        raise TmacError(f"two models are given: {args.model} and -m {args.model_option}")
-    return str(given.pop()) if given else DEFAULT_MODEL
-
-
 def _read_prompt(args: argparse.Namespace) -> str:
     """The prompt from -p, -f or standard input, the newline at the end of a file left out."""
     if args.prompt is not None and args.prompt != "-":
         text: str = args.prompt
     elif args.file is not None and args.file != "-":
-        text = _decode(Path(args.file).read_bytes(), args.file)
+        text = decode_text(Path(args.file).read_bytes(), args.file)
     elif sys.stdin is None or (args.prompt is None and args.file is None and sys.stdin.isatty()):
         raise TmacError("no prompt: give one with -p/--prompt, -f/--file or on standard input")
     else:
-        text = _decode(sys.stdin.buffer.read(), "standard input")
+        text = decode_text(sys.stdin.buffer.read(), "standard input")
     if not text.strip():
         raise TmacError(
             "the prompt is empty: give text with -p/--prompt, -f/--file or on standard input"
         )
     return text
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = data[error.start]
-        raise TmacError(
-            f"{where}: not UTF-8 text (byte 0x{byte:02x} at offset {error.start:,})"
-        ) from error
-    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:

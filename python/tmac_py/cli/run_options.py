@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
 from typing import Any, get_args
 
+from tmac_py.cli.arguments import whole_number
 from tmac_py.cli.models import MODEL_HELP
 from tmac_py.machine import MAX_THREADS
 from tmac_py.spec import Tables
@@ -39,7 +39,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-t",
         "--threads",
-        type=_whole(1, MAX_THREADS),
+        type=whole_number(1, MAX_THREADS),
         metavar="N",
         help="threads to compute with (default: $TMAC_THREADS, else the performance cores that "
         "this process may use)",
@@ -47,7 +47,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-c",
         "--ctx-size",
-        type=_whole(0),
+        type=whole_number(0),
         default=0,
         metavar="N",
         help="tokens of context, prompt and answer together (0 = what they need, within what the "
@@ -159,7 +159,7 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens",
         "--predict",
         dest="max_tokens",
-        type=_whole(1, unlimited=True),
+        type=whole_number(1, unlimited=True),
         default=-1,
         metavar="N",
         help="the most tokens to generate (default: -1 = until the answer ends or the context is "
@@ -221,7 +221,7 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-s",
         "--seed",
-        type=_whole(0, unlimited=True),
+        type=whole_number(0, unlimited=True),
         default=-1,
         metavar="N",
         help="the same seed gives the same answer (default: -1 = a random one)",
@@ -235,25 +235,6 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="end the answer before this text; may be given several times",
     )
-
-
-def _whole(low: int, high: int | None = None, *, unlimited: bool = False) -> Callable[[str], int]:
-    """An argparse type: a whole number from ``low`` to ``high``, and -1 if ``unlimited``."""
-    allowed = f"a whole number from {low} " + (f"to {high}" if high is not None else "up")
-    if unlimited:
-        allowed += ", or -1"
-
-    def parse(text: str) -> int:
-        from tmac_py.checks import check_whole
-
-        try:
-            value = int(text)
-            return value if unlimited and value == -1 else check_whole("", value, low, high)
-        except ValueError:
-            message = f"{text!r} is not allowed; give {allowed}"
-            raise argparse.ArgumentTypeError(message) from None
-
-    return parse
 
 
 def _logit_bias(text: str) -> tuple[int, float]:

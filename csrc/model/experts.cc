@@ -1,0 +1,134 @@
+// The feed-forward of a layer that has several and chooses among them for each token (mixture of
+// experts; Shazeer et al., 2017, arXiv 1701.06538).
+#include <algorithm>
+
+#include "model/pass.h"
+
+namespace tmac {
+
+// x += sum over the chosen experts, in rising order, of their weight times what they give.
+void Decoder::Pass::mix_experts(size_t layer) {
+  const LayerWeights& w = weights.layers[layer];
+  const LayerPlans& plans = model.plans_[layer];
+  ExpertSlots& slots = a.slots[layer];
+  const bool together = reads_tables(n) && plans.feed_forwards.size() == 1;
+  route(w, plans, together, &slots);
+  if (together) {
+    run_experts_together(w, plans.feed_forwards[0], slots);
+  } else {
+    for (size_t group = 0; group < slots.used.size(); ++group) run_expert(w, plans, slots, group);
+    team.parallel_for(n, [&](int64_t begin, int64_t end) {
+      isa.add(a.x.data() + begin * hidden, a.mixed.data() + begin * hidden, (end - begin) * hidden);
+    });
+  }
+}
+
+// Chooses the experts of each token; builds the tables of all tokens if experts share them. The
+// slots of a layer stay as they are until the job is done: a thread that comes late to it counts
+// its phases by them.
+void Decoder::Pass::route(const LayerWeights& w, const LayerPlans& plans, bool builds_inputs,
+                          ExpertSlots* slots) {
+  const int64_t experts = a.router.experts();
+  const InputPlan& plan = plans.feed_forwards[0].gate_up;
+  norm_tokens(
+      a.x.data(), w.feed_forward_norm, hidden, n, [](int64_t t) { return t; },
+      [&](int64_t t, int64_t part, int64_t parts, const float* normed) {
+        if (builds_inputs) build_part(plan, a.inputs, n, t, part, parts, normed);
+        float* logits = a.router.logits(t);
+        for (int64_t e = experts * part / parts; e < experts * (part + 1) / parts; ++e) {
+          logits[e] = dot(normed, w.router + e * hidden, hidden);
+        }
+      });
+  double* scratch = a.probabilities.data() + team.thread() * experts;
+  team.parallel_for(n, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      a.router.choose(t, config.normalize_experts, scratch);
+      std::fill_n(a.mixed.data() + t * hidden, hidden, 0.0f);
+    }
+  });
+  team.parallel_for(1, [&](int64_t, int64_t) { a.router.fill(n, slots); });
+}
+
+// All experts of few tokens, whose tables they share: two phases whatever their number.
+void Decoder::Pass::run_experts_together(const LayerWeights& w, const FeedForwardPlans& plans,
+                                         const ExpertSlots& slots) {
+  const int64_t width = w.feed_forwards[0].gate.spec.m;
+  const int64_t n_tiles = w.feed_forwards[0].gate.spec.n_tiles();
+  const bool build_now = a.down_inputs.builds_early(plans.down, n);
+  const int64_t at_once = weights_at_once(n) / kTileRows;
+  const int64_t pieces = ceil_div(n_tiles, at_once);
+  const auto groups = static_cast<int64_t>(slots.used.size());
+  team.parallel_for(groups * pieces, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const auto group = static_cast<size_t>(piece / pieces);
+      const FeedForward& f = w.feed_forwards[slots.used[group]];
+      const int64_t tile = piece % pieces * at_once, tile_end = std::min(tile + at_once, n_tiles);
+      const int64_t row = tile * kTileRows, row_end = std::min(tile_end * kTileRows, width);
+      const int64_t first = slots.first[group], count = slots.count(group);
+      const int32_t* tokens = slots.token.data() + first;
+      look_up_tiles(f.gate, a.inputs, plans.gate_up, 0, tokens, count, tile, tile_end,
+                    a.gate.data() + first * width, width);
+      look_up_tiles(f.up, a.inputs, plans.gate_up, 1, tokens, count, tile, tile_end,
+                    a.up.data() + first * width, width);
+      for (int64_t slot = first; slot < first + count; ++slot) {
+        float* gate = a.gate.data() + slot * width;
+        activate(gate + row, a.up.data() + slot * width + row, row_end - row);
+        if (build_now) a.down_inputs.build_weights(plans.down, n, slot, row, row_end, gate);
+      }
+    }
+  });
+  if (!build_now) {
+    const int64_t n_regions = plans.down.regions(n).size();
+    team.parallel_for(n * a.router.per_token(), [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; ++slot) {
+        a.down_inputs.build(plans.down, n, slot, 0, n_regions, a.gate.data() + slot * width);
+      }
+    });
+  }
+  for_tiles(team, ceil_div(hidden, kTileRows), 1, [&](int64_t begin, int64_t end) {
+    const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, hidden);
+    for (size_t group = 0; group < slots.used.size(); ++group) {
+      const int64_t first = slots.first[group];
+      look_up_tiles(w.feed_forwards[slots.used[group]].down, a.down_inputs, plans.down, 0,
+                    a.router.numbers() + first, slots.count(group), begin, end,
+                    a.delta.data() + first * hidden, hidden);
+      add_weighed(slots, group, first, row, row_end);
+    }
+    for (int64_t t = 0; t < n; ++t) {
+      isa.add(a.x.data() + t * hidden + row, a.mixed.data() + t * hidden + row, row_end - row);
+    }
+  });
+}
+
+// One expert for all tokens that chose it: its weights are read once.
+void Decoder::Pass::run_expert(const LayerWeights& w, const LayerPlans& layer_plans,
+                               const ExpertSlots& slots, size_t group) {
+  const size_t expert = slots.used[group];
+  const FeedForward& f = w.feed_forwards[expert];
+  const FeedForwardPlans& plans = layer_plans.of_expert(expert);
+  const int64_t count = slots.count(group);
+  const int32_t* its_tokens = slots.token.data() + slots.first[group];
+  norm_into_inputs(a.x.data(), w.feed_forward_norm, hidden, plans.gate_up, a.inputs, count,
+                   [&](int64_t i) { return its_tokens[i]; });
+  multiply_gated(f, plans, nullptr, count);
+  for_tiles(team, f.down.spec.n_tiles(), tiles_at_once(count), [&](int64_t begin, int64_t end) {
+    multiply_tiles(team, f.down, a.down_inputs, plans.down, 0, count, begin, end, a.delta.data(),
+                   hidden);
+    add_weighed(slots, group, 0, begin * kTileRows, std::min(end * kTileRows, hidden));
+  });
+}
+
+// Rows [begin, end) of mixed += weight * delta for the tokens of a group, which begin at that row
+// of delta.
+void Decoder::Pass::add_weighed(const ExpertSlots& slots, size_t group, int64_t first_delta,
+                                int64_t begin, int64_t end) {
+  for (int64_t i = 0; i < slots.count(group); ++i) {
+    const auto slot = static_cast<size_t>(slots.first[group] + i);
+    const float weight = slots.weight[slot];
+    const float* delta = a.delta.data() + (first_delta + i) * hidden;
+    float* mixed = a.mixed.data() + slots.token[slot] * hidden;
+    for (int64_t row = begin; row < end; ++row) mixed[row] += weight * delta[row];
+  }
+}
+
+}  // namespace tmac
