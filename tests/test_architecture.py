@@ -60,6 +60,7 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
         "tmac_py.speculative",
         "tmac_py.stored_logits",
     ),
+    "server": ("tmac_py.server",),
     "cli": ("tmac_py.cli", "tmac_py.__main__"),
 }
 """Modules of each layer, lowest first; a package stands for everything in it but `tmac_py`."""

@@ -161,6 +161,42 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
+class AnswerText:
+    """Turns the tokens of one answer into text, one at a time, and finds where it ends.
+
+    Args:
+        decoder: turns ids into text.
+        eos_ids: tokens that end the answer; their text is not shown.
+        stop: strings that end the answer and are not shown.
+        max_tokens: at least 1.
+    """
+
+    def __init__(
+        self,
+        decoder: IncrementalDecoder,
+        eos_ids: Collection[int],
+        stop: Sequence[str],
+        max_tokens: int,
+    ) -> None:
+        self._decoder = decoder
+        self._eos_ids = eos_ids
+        self._finder = StopFinder(stop)
+        self._left = max_tokens
+
+    def push(self, token_id: int) -> tuple[str, FinishReason | None]:
+        """The text that may be shown now, and why the answer ends here if it does."""
+        self._left -= 1
+        finder, ended = self._finder, token_id in self._eos_ids
+        text = "" if ended else finder.push(self._decoder.push(token_id))
+        if finder.found:
+            return text, "stop"
+        if not ended and self._left > 0:
+            return text, None
+        text += finder.push(self._decoder.flush())
+        text += finder.flush()
+        return text, "stop" if ended or finder.found else "length"
+
+
 def stream_tokens(
     forward: Forward[CacheT],
     cache: CacheT,
@@ -202,19 +238,11 @@ def stream_tokens(
     else:
         speculation = Speculation(drafter)
         tokens = speculate(forward, cache, logits, sampler, history, speculation, max_tokens)
-    finder = StopFinder(stop)
+    answer = AnswerText(decoder, eos_ids, stop, max_tokens)
     prompt_seconds = gen_seconds = 0.0
-    reason: FinishReason | None = None
     with closing(tokens):
         for n_gen, (token_id, logprob) in enumerate(tokens, start=1):
-            ended = token_id in eos_ids
-            text = "" if ended else finder.push(decoder.push(token_id))
-            if finder.found:
-                reason = "stop"
-            elif ended or n_gen == max_tokens:
-                text += finder.push(decoder.flush())
-                text += finder.flush()
-                reason = "stop" if ended or finder.found else "length"
+            text, reason = answer.push(token_id)
             seconds = perf_counter() - started
             if n_gen == 1:
                 prompt_seconds = seconds

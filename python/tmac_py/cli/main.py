@@ -89,6 +89,16 @@ COMMANDS = (
         ),
     ),
     Command(
+        "serve",
+        "answer over HTTP as OpenAI does, several clients at a time",
+        (
+            "tmac serve",
+            "tmac serve model.lut --port 8000 --parallel 16 -c 4096",
+            "TMAC_API_KEY=secret tmac serve model.lut --host 0.0.0.0",
+            "tmac serve model.lut --max-tokens 512 --timeout 60 --kv int8",
+        ),
+    ),
+    Command(
         "inspect",
         "show and check what a .lut file holds",
         ("tmac inspect model.lut", "tmac inspect model.lut --tensors --json"),
@@ -156,6 +166,11 @@ def bench(argv: Sequence[str] | None = None) -> int:
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """``tmac-eval``, short for ``tmac eval``. Returns the exit status."""
     return _single("eval", argv)
+
+
+def serve(argv: Sequence[str] | None = None) -> int:
+    """``tmac-serve``, short for ``tmac serve``. Returns the exit status."""
+    return _single("serve", argv)
 
 
 def inspect(argv: Sequence[str] | None = None) -> int:

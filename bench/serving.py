@@ -1,0 +1,145 @@
+"""How much more several clients get in all than one alone, through HTTP.
+
+    python bench/serving.py MODEL.lut -t 2 --clients 8 --pairs 5
+
+Starts ``tmac serve`` and streams answers of a fixed length: one client, then several at once, in
+turns. Prints tokens per second of all clients, the ratio of the medians, and which share of the
+time the server did not spend in passes over the weights (``Model.forward_batch``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from tmac_py.lutfile import LutFile
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run: tokens and seconds of all clients together, seconds in the core."""
+
+    tokens: int
+    seconds: float
+    core_seconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def outside(self) -> float:
+        return 1 - self.core_seconds / self.seconds
+
+
+@contextmanager
+def running_server(model: Path, options: list[str]) -> Iterator[int]:
+    """A server of its own process; gives its port."""
+    command = [sys.executable, "-m", "tmac_py", "serve", str(model), "--port", "0", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            line = process.stderr.readline()
+            found = re.search(r":(\d+),", line)
+            if found is None:
+                raise SystemExit(line + process.stderr.read())
+            yield int(found[1])
+        finally:
+            process.terminate()
+
+
+def ask(port: int, body: dict[str, object]) -> int:
+    """Stream one answer; the number of its tokens."""
+    connection = http.client.HTTPConnection(HOST, port)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    response = connection.getresponse()
+    if response.status != 200:
+        raise SystemExit(response.read().decode())
+    usage = b""
+    for line in response:
+        if b'"usage":{' in line:
+            usage = line
+    connection.close()
+    return int(json.loads(usage.removeprefix(b"data: "))["usage"]["completion_tokens"])
+
+
+def core_seconds(port: int) -> float:
+    """Seconds that the server has spent in passes over the weights."""
+    connection = http.client.HTTPConnection(HOST, port)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    found = re.findall(r"^tmac:(?:prompt|tokens_predicted)_seconds_total (\S+)$", text, re.M)
+    return sum(map(float, found))
+
+
+def run(port: int, clients: int, n: int, forbidden: tuple[int, ...]) -> Sample:
+    """Answers of ``n`` tokens to ``clients`` at once."""
+    bodies: list[dict[str, object]] = [
+        {
+            "prompt": f"Chapter {i + 1}. The story of the number {i + 1} begins",
+            "max_tokens": n,
+            "temperature": 0.8,
+            "seed": i,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "logit_bias": {str(token): -100 for token in forbidden},
+            "cache_prompt": False,
+        }
+        for i in range(clients)
+    ]
+    before = core_seconds(port)
+    started = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        tokens = sum(pool.map(lambda body: ask(port, body), bodies))
+    seconds = time.perf_counter() - started
+    return Sample(tokens, seconds, core_seconds(port) - before)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="a .lut file")
+    parser.add_argument("-t", "--threads", type=int, default=2)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("-n", "--tokens", type=int, default=128, help="of each answer")
+    parser.add_argument("--pairs", type=int, default=5)
+    args = parser.parse_args()
+    with LutFile.open(args.model, check=False) as file:
+        forbidden = file.config.eos_token_ids
+    options = ["-t", str(args.threads), "--parallel", str(args.clients), "--no-check"]
+    with running_server(args.model, options) as port:
+        run(port, args.clients, 8, forbidden)
+        pairs = []
+        for _ in range(args.pairs):
+            pair = [run(port, n, args.tokens, forbidden) for n in (1, args.clients)]
+            pairs.append(pair)
+            print("  ".join(f"{s.rate:7.1f} tok/s ({s.outside:4.0%} outside)" for s in pair))
+    one, many = (median(pair[i].rate for pair in pairs) for i in (0, 1))
+    outside = median(pair[1].outside for pair in pairs)
+    print(
+        f"{args.threads} threads, answers of {args.tokens} tokens: 1 client {one:.1f} tok/s, "
+        f"{args.clients} clients {many:.1f} tok/s, ratio {many / one:.2f} (of the pairs: "
+        f"{min(b.rate / a.rate for a, b in pairs):.2f} to "
+        f"{max(b.rate / a.rate for a, b in pairs):.2f}); outside of passes {outside:.0%}; "
+        f"load {os.getloadavg()[0]:.1f}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
