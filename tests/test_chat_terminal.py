@@ -221,6 +221,10 @@ def test_lines_of_standard_input_are_messages_of_a_forced_chat(lut: str, tmp_pat
     assert (done.returncode, done.stderr) == (0, "")
     assert ">>>" not in done.stdout
     assert said(lut, saved) == ["zero", "one", "two\nlines"]
+    once = piped(lut, "not read\n", "-cnv", "-st", "-p", "zero", "-q", "-s", "0")
+    assert (once.returncode, once.stderr) == (0, "")
+    assert done.stdout.startswith(once.stdout)
+    assert len(done.stdout) > len(once.stdout)
 
 
 def test_without_a_terminal_nothing_is_a_chat(lut: str) -> None:

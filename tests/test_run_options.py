@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,6 @@ def test_templates_of_ones_own(run: Run, ask: Ask, lut: str, tmp_path: Path) -> 
         (("--chat-template-kwargs", "[]"), "is not a JSON object"),
         (("--chat-template-kwargs", '{"messages": 1}'), "'messages' is not a variable to choose"),
         (("--chat", "--json"), "it does not go with --chat"),
-        (("--chat", "--single-turn"), "not allowed with argument"),
     ):
         status, out, err = run(lut, "-p", "x", *options)
         assert (status, out) == (2, "")
@@ -148,12 +148,16 @@ def test_completion_knows_commands_and_options(run: Run, shell: str) -> None:
     assert run("completion", "csh", program=cli.main)[0] == 2
 
 
-def test_bash_completes(run: Run) -> None:
+@pytest.mark.parametrize("words", ["tmac run", "tmac-run"])
+def test_bash_completes(run: Run, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = [EntryPoint(f"tmac-{c.name}", "", "console_scripts") for c in cli.COMMANDS]
+    monkeypatch.setattr("tmac_py.cli.completion.entry_points", lambda **_: installed)
     script = run("completion", "bash", program=cli.main)[1]
-    ask = """
-COMP_WORDS=(tmac run --prompt-cache-); COMP_CWORD=2; COMPREPLY=()
-_shtab_tmac tmac --prompt-cache- run
-echo "${COMPREPLY[@]}"
+    ask = f"""
+COMP_WORDS=({words} --prompt-cache-); COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))
+function=$(complete -p {words.split()[0]} | grep -o '_shtab_[a-z_]*')
+$function {words.split()[0]} --prompt-cache- {words.split()[-1]}
+echo "${{COMPREPLY[@]}}"
 """
     done = subprocess.run(
         ["bash", "-c", script + ask], capture_output=True, text=True, timeout=60, check=False
