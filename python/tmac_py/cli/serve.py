@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, get_args
 
-from tmac_py.cli.models import DEFAULT_MODEL, resolve_model
+from tmac_py.cli.models import DEFAULT_MODEL, MODEL_HELP, resolve_model
 from tmac_py.errors import TmacError
 from tmac_py.spec import Tables
 
@@ -33,7 +33,7 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         default=DEFAULT_MODEL,
         metavar="MODEL",
-        help=f"a .lut file, or the name of a model to fetch (default: {DEFAULT_MODEL})",
+        help=MODEL_HELP,
     )
     group.add_argument(
         "-a", "--alias", metavar="NAME", help="what clients call the model (default: the file's)"
