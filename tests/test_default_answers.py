@@ -61,9 +61,9 @@ def test_the_recipe_tells_conversions_apart(default_lut: Path) -> None:
     with LutFile.open(default_lut, check=False) as file:
         parts = file.metadata["tmac.config"], file.metadata["tmac.tensors"]
     digest = xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
-    assert CONVERTED.get(default_model._RECIPE) == digest, (
-        "the default model is converted differently than before: raise _RECIPE in "
-        "tmac_py.default_model, so that caches are renewed, and note the new checksum in CONVERTED"
+    assert CONVERTED.get(modelcache.RECIPE) == digest, (
+        "the default model is converted differently than before: raise RECIPE in "
+        "tmac_py.modelcache, so that caches are renewed, and note the new checksum in CONVERTED"
     )
 
 
