@@ -12,7 +12,7 @@ import pytest
 import xxhash
 from numpy.typing import NDArray
 
-from tmac_py import Model, _core, default_model
+from tmac_py import Model, _core, modelcache
 from tmac_py.lutfile import LutFile
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
@@ -33,7 +33,7 @@ largest error of one logit, which two of them hardly have at once (root mean squ
 
 
 CONVERTED = {2: "33901fe61dde4df1d2715278db5406df"}
-"""Recipe of tmac_py.default_model -> XXH3-128 of the default model's configuration and of the list
+"""Recipe of tmac_py.modelcache -> XXH3-128 of the default model's configuration and of the list
 of its tensors, which holds the checksum of each."""
 
 
