@@ -29,7 +29,7 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Decoded = tuple[Bytes, Floats, Floats | None]
 
-_CHUNK_ELEMENTS = 1 << 17
+_CHUNK_ELEMENTS = 1 << 19
 """Weights that one thread decodes at once; the temporaries are a few times as large."""
 
 

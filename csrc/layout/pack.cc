@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 namespace tmac {
 namespace {
 
-// Chunks of a row that are packed before those of the next row.
+// Chunks of a row, of one or more groups, that are packed before those of the next row: their codes
+// are whole cache lines, and the chunks of all rows stay in the cache.
 constexpr int64_t kBlockChunks = 16;
 
 // Exchanges the bits of x in `mask` with those `distance` above them.
@@ -37,13 +39,20 @@ void store_planes(uint64_t planes, int64_t r, uint8_t* chunk) {
 // Packs at most kBlockChunks chunks of row r of a tile, n codes, to chunks from `chunk` on.
 template <int kBits, bool kBcq>
 void pack_planes(const uint8_t* codes, int64_t n, int64_t r, uint8_t* chunk) {
-  const int64_t chunks = ceil_div(n, kChunkWeights);
+  const int64_t whole = n / kChunkWeights;
   uint64_t planes[kBlockChunks];
-  planes[chunks - 1] = 0;  // the last one may be ragged
-  std::memcpy(planes, codes, static_cast<size_t>(n));
-  for (int64_t i = 0; i < chunks; ++i) planes[i] = planes_of(planes[i]);
-  for (int64_t i = 0; i < chunks; ++i, chunk += kTileRows * kBits) {
+  for (int64_t i = 0; i < whole; ++i) {
+    uint64_t eight;
+    std::memcpy(&eight, codes + i * kChunkWeights, kChunkWeights);
+    planes[i] = planes_of(eight);
+  }
+  for (int64_t i = 0; i < whole; ++i, chunk += kTileRows * kBits) {
     store_planes<kBits, kBcq>(planes[i], r, chunk);
+  }
+  if (n % kChunkWeights != 0) {
+    uint64_t rest = 0;
+    std::memcpy(&rest, codes + whole * kChunkWeights, static_cast<size_t>(n % kChunkWeights));
+    store_planes<kBits, kBcq>(planes_of(rest), r, chunk);
   }
 }
 
@@ -67,41 +76,71 @@ PackRow pack_row(const LinearSpec& spec) {
   return spec.bcq() ? kBcq[spec.bits - 1] : kUniform[spec.bits - 1];
 }
 
+// At most kBlockChunks chunks of one group: the codes of columns k0 .. k0 + n of a row stand from
+// byte `at` of a tile on.
+struct Piece {
+  int64_t k0, n, at;
+  int64_t group;  // that ends here, or -1
+  int64_t constants_at;
+};
+
+std::vector<Piece> pieces_of_tile(const LinearSpec& spec) {
+  const int64_t weights = spec.chunk_weights(), most = kBlockChunks * weights;
+  std::vector<Piece> pieces;
+  int64_t at = 0;
+  for (int64_t g = 0; g < spec.n_groups(); ++g) {
+    const int64_t end = g * spec.group_size + spec.weights_in(g);
+    for (int64_t k0 = g * spec.group_size; k0 < end; k0 += most) {
+      const int64_t n = std::min(most, end - k0);
+      pieces.push_back({k0, n, at, -1, 0});
+      for (int64_t j = 0; j < n; j += weights) at += spec.chunk_bytes(std::min(weights, n - j));
+    }
+    pieces.back().group = g;
+    pieces.back().constants_at = at;
+    at += spec.scale_bytes();
+  }
+  return pieces;
+}
+
+// The first piece behind the block that begins with `piece`.
+const Piece* block_end(const LinearSpec& spec, const Piece* piece, const Piece* end) {
+  const int64_t most = kBlockChunks * spec.chunk_weights(), first = piece->k0;
+  do {
+    ++piece;
+  } while (piece != end && piece->k0 + piece->n - first <= most);
+  return piece;
+}
+
 }  // namespace
 
 void pack_tiles(const LinearSpec& spec, const uint8_t* codes, const uint16_t* scales,
                 const uint16_t* offsets, uint8_t* tiles) {
   const PackRow pack_codes = pack_row(spec);
+  const std::vector<Piece> pieces = pieces_of_tile(spec);
+  const Piece* const last = pieces.data() + pieces.size();
   const int64_t n_groups = spec.n_groups(), n_scales = spec.n_scales();
-  const int64_t weights = spec.chunk_weights();
   for (int64_t t = 0; t < spec.n_tiles(); ++t) {
     const int64_t row0 = t * kTileRows;
     const int64_t rows = std::min<int64_t>(kTileRows, spec.m - row0);
-    uint8_t* at = tiles + t * spec.tile_bytes();
-    std::memset(at, 0, static_cast<size_t>(spec.tile_bytes()));
-    for (int64_t g = 0; g < n_groups; ++g) {
-      const int64_t end = std::min(spec.k, (g + 1) * spec.group_size);
-      // Row by row in blocks, whose codes are whole cache lines and whose chunks stay in the cache.
-      for (int64_t k0 = g * spec.group_size; k0 < end;) {
-        const int64_t block_end = std::min(end, k0 + kBlockChunks * weights);
-        for (int64_t r = 0; r < rows; ++r) {
-          pack_codes(codes + (row0 + r) * spec.k + k0, block_end - k0, r, at);
-        }
-        for (; k0 < block_end; k0 += weights) {
-          at += spec.chunk_bytes(std::min(weights, block_end - k0));
-        }
-      }
+    uint8_t* const tile = tiles + t * spec.tile_bytes();
+    std::memset(tile, 0, static_cast<size_t>(spec.tile_bytes()));
+    for (const Piece *block = pieces.data(), *end; block != last; block = end) {
+      end = block_end(spec, block, last);
       for (int64_t r = 0; r < rows; ++r) {
-        const int64_t i = (row0 + r) * n_groups + g;
-        uint8_t* const constants = at + 2 * r;
-        for (int64_t p = 0; p < n_scales; ++p) {
-          std::memcpy(constants + p * kTileConstantBytes, scales + i * n_scales + p, 2);
-        }
-        if (spec.offset_kind != OffsetKind::kNone) {
-          std::memcpy(constants + n_scales * kTileConstantBytes, offsets + i, 2);
+        const uint8_t* const row = codes + (row0 + r) * spec.k;
+        for (const Piece* piece = block; piece != end; ++piece) {
+          pack_codes(row + piece->k0, piece->n, r, tile + piece->at);
+          if (piece->group < 0) continue;
+          const int64_t i = (row0 + r) * n_groups + piece->group;
+          uint8_t* const constants = tile + piece->constants_at + 2 * r;
+          for (int64_t p = 0; p < n_scales; ++p) {
+            std::memcpy(constants + p * kTileConstantBytes, scales + i * n_scales + p, 2);
+          }
+          if (spec.offset_kind != OffsetKind::kNone) {
+            std::memcpy(constants + n_scales * kTileConstantBytes, offsets + i, 2);
+          }
         }
       }
-      at += spec.scale_bytes();
     }
   }
 }

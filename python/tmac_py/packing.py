@@ -11,8 +11,8 @@ from tmac_py.parallel import map_threads
 from tmac_py.quant import QuantTensor
 from tmac_py.spec import LinearSpec
 
-_CHUNK_ELEMENTS = 1 << 18
-"""Weights that one thread packs at once: codes and packed bytes stay in its cache."""
+_CHUNK_ELEMENTS = 1 << 20
+"""Weights that one thread packs at once."""
 
 
 def pack(q: QuantTensor) -> NDArray[np.uint8]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
+from time import monotonic
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -21,7 +23,7 @@ def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> li
     The first exception is raised after the pieces under way have ended.
     """
     work = list(items)
-    threads = min(default_threads(), len(work)) if len(work) > 1 else 1
+    threads = min(_threads(default_threads, int(monotonic())), len(work))
     if threads <= 1:
         return [function(item) for item in work]
     results: dict[int, Result] = {}
@@ -48,6 +50,12 @@ def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> li
     if errors:  # Items are taken in order: all before the first that failed have been done.
         raise errors[min(errors)]
     return [results[i] for i in range(len(work))]
+
+
+@lru_cache(maxsize=1)
+def _threads(default: Callable[[], int], _second: int) -> int:
+    """``default()``, which reads many small files of the system, at most once a second."""
+    return default()
 
 
 class Background:
