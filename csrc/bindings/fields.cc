@@ -1,7 +1,5 @@
 #include "layout/fields.h"
 
-#include <algorithm>
-
 #include "bindings/arrays.h"
 #include "bindings/linear.h"
 
