@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tmac_py.config import ModelConfig
+from tmac_py.config import ModelConfig, is_matrix
 from tmac_py.converters.checkpoint import (
     NO_TOKENIZER,
     Checkpoint,
@@ -54,6 +54,8 @@ _NAMES = {
 }
 """Parts of GGUF tensor names -> parts of Hugging Face names, for "llama"."""
 
+_OF_EXPERTS = ("ffn_gate", "ffn_up", "ffn_down")
+
 _ROPE_FACTORS = "rope_freqs.weight"
 
 _MATRIX_TYPES = (*FLOAT_TYPES, *BLOCK_TYPES, "I2_S", *CODEBOOK_TYPES)
@@ -92,10 +94,17 @@ def read(path: Path) -> Checkpoint:
         )
     architecture = ARCHITECTURES[metadata.get("general.architecture", str)]
     names = {**_NAMES, **architecture.names}
+    if architecture.has_experts:
+        names |= {
+            f"{stem}_exps.{i}": f"mlp.experts.{i}.{names[stem].removeprefix('mlp.')}"
+            for i in range(config.num_experts)
+            for stem in _OF_EXPERTS
+        }
     gguf_names = {ours: theirs for theirs, ours in names.items()}
+    stored = _experts_apart(file.tensors) if architecture.has_experts else file.tensors
     tensors = {
         _renamed(name, names, "model.layers."): tensor
-        for name, tensor in file.tensors.items()
+        for name, tensor in stored.items()
         if name != _ROPE_FACTORS
     }
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -124,8 +133,14 @@ def _refuse_unsupported(path: Path, metadata: Metadata, tensors: dict[str, GGUFT
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UnsupportedError(f"{path}: architecture {architecture!r} is not supported ({known})")
-    if metadata.get(f"{architecture}.expert_count", int, 0):
-        raise UnsupportedError(f"{path}: mixture-of-experts models are not supported")
+    experts = ARCHITECTURES[architecture].has_experts
+    if metadata.get(f"{architecture}.expert_count", int, 0) and not experts:
+        known = ", ".join(name for name, known in ARCHITECTURES.items() if known.has_experts)
+        raise UnsupportedError(
+            f"{path}: mixture-of-experts models of this architecture are not supported ({known})"
+        )
+    if metadata.get(f"{architecture}.expert_shared_count", int, 0):
+        raise UnsupportedError(f"{path}: shared experts are not supported")
     if "split.count" in metadata and metadata.get("split.count", int) > 1:
         raise UnsupportedError(f"{path}: split GGUF files are not supported; join them first")
     biases = [name for name in tensors if name.endswith(".bias")]
@@ -139,18 +154,23 @@ def _refuse_unsupported(path: Path, metadata: Metadata, tensors: dict[str, GGUFT
                 f"{path}: tensor {tensor.name} is {tensor.kind} of bitnet.cpp, whose tile sizes "
                 "the file does not say; an I2_S file of the model can be read"
             )
-    for name in ("logit_scale", "embedding_scale", "residual_scale"):
+    for name in ("logit_scale", "embedding_scale", "residual_scale", "expert_weights_scale"):
         key = f"{architecture}.{name}"
         if metadata.get(key, float, 1.0) not in (0.0, 1.0):
             raise UnsupportedError(f"{path}: metadata key {key} is not supported")
 
 
 def _refuse_types(path: Path, tensors: dict[str, GGUFTensor]) -> None:
-    """Matrices may be of any type known here, norms are float."""
+    """Matrices may be of any type known here, norms and routers are float."""
     bad = [
         f"{name} {tensor.kind}"
         for name, tensor in tensors.items()
-        if tensor.kind not in (FLOAT_TYPES if len(tensor.shape) == 1 else _MATRIX_TYPES)
+        if tensor.kind
+        not in (
+            FLOAT_TYPES
+            if len(tensor.shape) == 1 or name.endswith(".ffn_gate_inp.weight")
+            else _MATRIX_TYPES
+        )
     ]
     if bad:
         known = ", ".join(_MATRIX_TYPES)
@@ -271,12 +291,27 @@ def _renamed(name: str, names: Mapping[str, str], layers: str) -> str:
     return f"{layer}{names[match[2]]}.{match[3]}"
 
 
+def _experts_apart(tensors: Mapping[str, GGUFTensor]) -> dict[str, GGUFTensor]:
+    """``blk.0.ffn_up_exps.weight [experts, m, k]`` as ``blk.0.ffn_up_exps.0.weight`` and so on."""
+    result: dict[str, GGUFTensor] = {}
+    for name, tensor in tensors.items():
+        stem = name.removesuffix("_exps.weight")
+        if stem == name or len(tensor.shape) != 3:
+            result[name] = tensor
+            continue
+        experts, m, k = tensor.shape
+        for i in range(experts):
+            rows = tensor.data[i * m : (i + 1) * m]
+            result[f"{stem}_exps.{i}.weight"] = replace(tensor, shape=(m, k), data=rows)
+    return result
+
+
 def _source(
     name: str, tensor: GGUFTensor, config: ModelConfig, architecture: Architecture
 ) -> TensorSource:
     shape, kind = tensor.shape, tensor.kind
     rows = _row_order(name, config) if architecture.interleaved else None
-    if len(shape) == 1:
+    if not is_matrix(name, shape):
         return TensorSource(name, shape, lambda: as_float32(_floats(tensor)))
     if kind in FLOAT_TYPES:
         return TensorSource(name, shape, lambda: FloatMatrix(_floats(tensor), rows), dense=True)

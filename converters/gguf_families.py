@@ -18,6 +18,7 @@ from tmac_py.errors import UnsupportedError
 from tmac_py.families import ATTENTION
 
 _QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_ROUTER = {"ffn_gate_inp": "mlp.gate"}
 _OUT_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
@@ -33,11 +34,13 @@ class Architecture:
         names: parts of tensor names -> parts of Hugging Face names, where not as for "llama".
         interleaved: whether the halves of every head of q and k alternate, row by row.
         fields: metadata -> fields of ModelConfig beyond those of all.
+        has_experts: whether layers have several feed-forwards, each kind of matrix in one tensor.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
     fields: Callable[[Metadata], dict[str, Any]] = lambda _metadata: {}
+    has_experts: bool = False
 
 
 def _llama(metadata: Metadata) -> dict[str, Any]:
@@ -48,6 +51,26 @@ def _smollm3(metadata: Metadata) -> dict[str, Any]:
     """Each fourth layer has no RoPE."""
     layers = _layers(metadata, "smollm3")
     return {"layers_without_rope": tuple(range(3, layers, 4))}
+
+
+def _qwen3moe(metadata: Metadata) -> dict[str, Any]:
+    return {
+        **_experts(metadata, "qwen3moe", "expert_feed_forward_length"),
+        "qk_norm": True,
+        "norm_topk_prob": True,
+    }
+
+
+def _olmoe(metadata: Metadata) -> dict[str, Any]:
+    return {**_experts(metadata, "olmoe", "feed_forward_length"), "full_qk_norm": True}
+
+
+def _experts(metadata: Metadata, name: str, width: str) -> dict[str, Any]:
+    return {
+        "num_experts": metadata.get(f"{name}.expert_count", int),
+        "num_experts_per_tok": metadata.get(f"{name}.expert_used_count", int),
+        "moe_intermediate_size": metadata.get(f"{name}.{width}", int),
+    }
 
 
 def _gemma2(metadata: Metadata) -> dict[str, Any]:
@@ -106,6 +129,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(interleaved=True, fields=_llama),
     "qwen2": Architecture(fields=lambda _: {"biases": ATTENTION[:3]}),
     "qwen3": Architecture(_QK_NORMS, fields=lambda _: {"qk_norm": True}),
+    "qwen3moe": Architecture({**_QK_NORMS, **_ROUTER}, fields=_qwen3moe, has_experts=True),
+    "olmoe": Architecture({**_QK_NORMS, **_ROUTER}, fields=_olmoe, has_experts=True),
     "smollm3": Architecture(interleaved=True, fields=_smollm3),
     "gemma2": Architecture(_OUT_NORMS, fields=_gemma2),
     "gemma3": Architecture({**_OUT_NORMS, **_QK_NORMS}, fields=_gemma3),

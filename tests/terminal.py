@@ -29,6 +29,11 @@ class Terminal:
         """Press these keys."""
         os.write(self._fd, text.encode())
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C, a moment later: readline shows its prompt before it hears signals."""
+        time.sleep(1)
+        self.type("\x03")
+
     def wait(self, pattern: str) -> str:
         """Read until ``pattern`` is found in what came since the last call; gives what came."""
         deadline = time.monotonic() + TIMEOUT

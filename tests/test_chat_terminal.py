@@ -21,7 +21,7 @@ Messages = list[dict[str, str]]
 
 @pytest.fixture(scope="module")
 def lut(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model whose answers never end by themselves."""
+    """A model whose answers never end by themselves; token 77 has a text of its own."""
     path = tmp_path_factory.mktemp("chat") / "tiny.lut"
     return str(tiny_model.write_tiny_model(path, max_position_embeddings=65536, eos_token_ids=()))
 
@@ -95,11 +95,11 @@ def test_history_comes_back_with_the_arrow_key(lut: str, history: Path, tmp_path
 
 @pytest.mark.usefixtures("history")
 def test_ctrl_c_stops_an_answer_and_then_leaves(lut: str, tmp_path: Path) -> None:
-    terminal = Terminal("run", lut, "-c", "60000")
+    terminal = Terminal("run", lut, "-c", "60000", "-l", "77+1000")
     terminal.wait(">>> ")
     terminal.type("talk\r")
     terminal.wait(r"talk\r\n[^\r]{20}")
-    terminal.type("\x03")
+    terminal.interrupt()
     assert terminal.wait(">>> ").count("[stopped]") == 1
     assert terminal.send(f"/save {tmp_path / 'saved'}").startswith("[saved")
     user, answer = note_of(lut, tmp_path / "saved")["messages"]
@@ -107,24 +107,24 @@ def test_ctrl_c_stops_an_answer_and_then_leaves(lut: str, tmp_path: Path) -> Non
     assert len(answer["content"]) >= 20
     terminal.type("half a line")
     terminal.wait("half a line")
-    terminal.type("\x03")
+    terminal.interrupt()
     assert "leaves" not in terminal.wait(">>> ")
-    terminal.type("\x03")
+    terminal.interrupt()
     assert "Ctrl-C again, Ctrl-D or /exit leaves" in terminal.wait(">>> ")
-    terminal.type("\x03")
+    terminal.interrupt()
     assert terminal.end() == 130
     assert "Traceback" not in terminal.output
 
 
 @pytest.mark.usefixtures("history")
 def test_a_second_ctrl_c_after_an_answer_leaves(lut: str) -> None:
-    terminal = Terminal("run", lut, "-c", "60000", "-q")
+    terminal = Terminal("run", lut, "-c", "60000", "-l", "77+1000", "-q")
     terminal.wait(">>> ")
     terminal.type("talk\r")
     terminal.wait(r"talk\r\n[^\r]{5}")
-    terminal.type("\x03")
+    terminal.interrupt()
     terminal.wait(">>> ")
-    terminal.type("\x03")
+    terminal.interrupt()
     assert terminal.end() == 130
 
 
@@ -221,6 +221,10 @@ def test_lines_of_standard_input_are_messages_of_a_forced_chat(lut: str, tmp_pat
     assert (done.returncode, done.stderr) == (0, "")
     assert ">>>" not in done.stdout
     assert said(lut, saved) == ["zero", "one", "two\nlines"]
+    once = piped(lut, "not read\n", "-cnv", "-st", "-p", "zero", "-q", "-s", "0")
+    assert (once.returncode, once.stderr) == (0, "")
+    assert done.stdout.startswith(once.stdout)
+    assert len(done.stdout) > len(once.stdout)
 
 
 def test_without_a_terminal_nothing_is_a_chat(lut: str) -> None:

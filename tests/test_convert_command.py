@@ -104,7 +104,7 @@ def test_the_examples_in_the_help_are_true(
         program.convert(["--help"])
     assert ended.value.code == 0
     _, _, text = capsys.readouterr().out.partition("examples:\n")
-    examples = [shlex.split(line) for line in text.splitlines()]
+    examples = [shlex.split(line) for line in text.partition("\n\n")[0].splitlines()]
     methods = [words[words.index("--quant") + 1] for words in examples if "--quant" in words]
     assert methods == list(METHODS) == list(convert.METHODS)
     tensors = gguf_tensors(random_weights(TINY), TINY, "Q4_1")

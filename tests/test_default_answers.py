@@ -12,7 +12,7 @@ import pytest
 import xxhash
 from numpy.typing import NDArray
 
-from tmac_py import Model, _core, default_model
+from tmac_py import Model, _core, modelcache
 from tmac_py.lutfile import LutFile
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
@@ -33,7 +33,7 @@ largest error of one logit, which two of them hardly have at once (root mean squ
 
 
 CONVERTED = {2: "33901fe61dde4df1d2715278db5406df"}
-"""Recipe of tmac_py.default_model -> XXH3-128 of the default model's configuration and of the list
+"""Recipe of tmac_py.modelcache -> XXH3-128 of the default model's configuration and of the list
 of its tensors, which holds the checksum of each."""
 
 
@@ -61,9 +61,9 @@ def test_the_recipe_tells_conversions_apart(default_lut: Path) -> None:
     with LutFile.open(default_lut, check=False) as file:
         parts = file.metadata["tmac.config"], file.metadata["tmac.tensors"]
     digest = xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
-    assert CONVERTED.get(default_model._RECIPE) == digest, (
-        "the default model is converted differently than before: raise _RECIPE in "
-        "tmac_py.default_model, so that caches are renewed, and note the new checksum in CONVERTED"
+    assert CONVERTED.get(modelcache.RECIPE) == digest, (
+        "the default model is converted differently than before: raise RECIPE in "
+        "tmac_py.modelcache, so that caches are renewed, and note the new checksum in CONVERTED"
     )
 
 

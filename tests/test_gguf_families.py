@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from tmac_py.config import ModelConfig
 from tmac_py.converters import convert, open_checkpoint
 from tmac_py.errors import UnsupportedError
 from tmac_py.families import FAMILIES
+from tmac_py.quant import QuantTensor
 
 Weights = dict[str, NDArray[np.float32]]
 
@@ -35,6 +37,7 @@ NAMES = {
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
+    "mlp.gate": "ffn_gate_inp",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -49,15 +52,30 @@ def gguf_name(name: str, names: dict[str, str]) -> str:
     return f"blk.{layer}.{names[part]}.{kind}"
 
 
-def write(path: Path, name: str, config: ModelConfig, weights: Weights, **extra: Any) -> Path:
-    """The model as llama.cpp's converter writes it, in floats."""
+def write(
+    path: Path,
+    name: str,
+    config: ModelConfig,
+    weights: Weights,
+    experts: str = "F32",
+    **extra: Any,
+) -> Path:
+    """The model as llama.cpp's converter writes it, in floats; experts in a type of their own."""
     names = {**NAMES, **(GEMMA if config.out_norms else {})}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tensors = {}
     for tensor, w in weights.items():
+        if ".experts." in tensor:
+            continue
         n_heads = heads.get(tensor.split(".")[-2]) if name == "smollm3" else None
         stored = w if n_heads is None else interleave(w, n_heads)
         tensors[gguf_name(tensor, names)] = (np.ascontiguousarray(stored), "F32")
+    for layer in range(config.num_hidden_layers if config.num_experts else 0):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        for part in ("gate", "up", "down"):
+            each = [weights[f"{prefix}{i}.{part}_proj.weight"] for i in range(config.num_experts)]
+            stacked = gguf.quants.quantize(np.stack(each), gguf.GGMLQuantizationType[experts])
+            tensors[f"blk.{layer}.ffn_{part}_exps.weight"] = (stacked, experts)
     metadata: dict[str, Any] = {
         f"{name}.embedding_length": config.hidden_size,
         f"{name}.feed_forward_length": config.intermediate_size,
@@ -93,6 +111,19 @@ WINDOW = {"attention.sliding_window": 7}
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen2": ({}, {}),
     "qwen3": ({}, {}),
+    "qwen3moe": (
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
+        {"expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 32},
+    ),
+    "olmoe": (
+        {"num_experts": 5, "num_experts_per_tok": 2},
+        {"expert_count": 5, "expert_used_count": 2},
+    ),
     "smollm3": ({}, {}),
     "gemma2": (
         {
@@ -124,7 +155,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def both(tmp_path: Path, name: str) -> tuple[Path, Path]:
     """The same random model as a folder and as a GGUF file."""
     keys, metadata = MODELS[name]
-    model_type = "gemma3_text" if name == "gemma3" else name
+    model_type = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}.get(name, name)
     values = {"model_type": model_type, "architectures": ["XForCausalLM"], **SIZES, **keys}
     config = ModelConfig.from_hf(values)
     rng = np.random.default_rng(0)
@@ -166,3 +197,22 @@ def test_settings_that_are_refused(tmp_path: Path) -> None:
         path = write(tmp_path / "m.gguf", "gemma3", config, weights, **{**metadata, **extra})
         with pytest.raises(UnsupportedError, match=text):
             open_checkpoint(path)
+
+
+def test_codes_of_experts_are_kept(tmp_path: Path) -> None:
+    keys, extra = MODELS["olmoe"]
+    config = ModelConfig.from_hf({"model_type": "olmoe", **SIZES, **keys})
+    rng = np.random.default_rng(0)
+    weights = {
+        n: rng.normal(0, 0.2, s).astype(np.float32) for n, s in config.tensor_shapes().items()
+    }
+    path = write(tmp_path / "m.gguf", "olmoe", config, weights, experts="Q8_0", **extra)
+    tensors = {tensor.name: tensor for tensor in open_checkpoint(path).tensors}
+    for part in ("gate", "up", "down"):
+        for expert in (0, 4):
+            name = f"model.layers.6.mlp.experts.{expert}.{part}_proj.weight"
+            stored = tensors[name].load()
+            alone = gguf.quants.quantize(weights[name], gguf.GGMLQuantizationType.Q8_0)
+            again = gguf.quants.dequantize(alone, gguf.GGMLQuantizationType.Q8_0)
+            assert isinstance(stored, QuantTensor)
+            assert np.array_equal(stored.dequantize(), again)

@@ -537,6 +537,23 @@ def test_time_that_runs_out_on_the_way_ends_the_stream_with_an_error(model: Mode
         assert engine.n_active == 0
 
 
+def test_a_client_that_goes_away_while_its_prompt_is_computed(model: Model) -> None:
+    with stalled(model, timeout=60) as (engine, port):
+        data = json.dumps({"prompt": [5] * 1000}).encode()
+        with socket.create_connection(("127.0.0.1", port)) as gone:
+            gone.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
+                b"Content-Type: application/json\r\n\r\n%b" % (len(data), data)
+            )
+            wait_for(lambda: engine.n_waiting == 1)
+            engine.step()
+            [job] = [slot.job for slot in engine._slots]
+            assert not job.cancelled
+        wait_for(lambda: job.cancelled)
+        assert not engine.step()
+        assert (engine.n_active, engine.counters.prompt_tokens) == (0, 64)
+
+
 def test_a_full_queue(model: Model) -> None:
     with stalled(model, timeout=60) as (engine, port), ThreadPoolExecutor(1) as pool:
         body = {"prompt": "x", "max_tokens": 2, **NO_END}
@@ -562,6 +579,21 @@ def test_told_to_end_it_finishes_what_is_under_way(lut: Path, number: int, statu
         assert response.read().endswith(b"data: [DONE]\n\n")
         connection.close()
         assert process.wait(60) == status
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_told_to_end_at_once_it_says_so(lut: Path, stream: bool) -> None:
+    body = {"prompt": "x", "max_tokens": 1400, "stream": stream, **NO_END}
+    with running(lut, "--grace", "0") as (process, port), ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(send, port, "POST", "/v1/completions", body)
+        wait_for(lambda: metric(port, "requests_processing") == 1)
+        process.send_signal(signal.SIGTERM)
+        status, text = answer.result(30)
+        assert status == (200 if stream else 503)
+        assert "the server is shutting down" in text
+        assert process.wait(60) == 0
         assert process.stderr is not None
         assert process.stderr.read() == ""
 

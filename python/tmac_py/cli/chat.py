@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tmac_py.cli.answer import Answer
-from tmac_py.cli.lineinput import LineInput
+from tmac_py.cli.lineinput import LineInput, on_terminal
 from tmac_py.conversation import Chat, Text
 from tmac_py.errors import TmacError
 from tmac_py.generate import Token
@@ -67,7 +67,7 @@ class ChatProgram:
                 try:
                     text = self._input.read()
                 except EOFError:
-                    if sys.stdin.isatty():
+                    if on_terminal():
                         print(flush=True)
                     return 0
                 except KeyboardInterrupt:

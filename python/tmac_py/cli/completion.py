@@ -24,7 +24,8 @@ def execute(args: argparse.Namespace) -> int:
     parsers += [program_parser(c.name) for c in COMMANDS if f"tmac-{c.name}" in installed]
     for parser in parsers:
         _complete_files(parser)
-        print(shtab.complete(parser, shell=args.shell))
+        prefix = parser.prog.replace("-", "__")  # "tmac run" has the names with one
+        print(shtab.complete(parser, shell=args.shell, root_prefix=prefix))
     return 0
 
 

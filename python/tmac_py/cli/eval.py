@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from tmac_py.cli.arguments import whole_number
-from tmac_py.cli.models import DEFAULT_MODEL, model_name, resolve_model
+from tmac_py.cli.models import MODEL_HELP, model_name, resolve_model
 from tmac_py.decoding import PREFILL_CHUNK
 from tmac_py.errors import OptionError
 from tmac_py.machine import MAX_THREADS
@@ -41,7 +41,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help=f"a .lut file, or the name of a model to fetch (default: {DEFAULT_MODEL})",
+        help=MODEL_HELP,
     )
     group.add_argument("-m", "--model", dest="model_option", metavar="MODEL", help="the same")
     group.add_argument(

@@ -22,6 +22,11 @@ def history_file() -> Path:
     return platformdirs.user_state_path("tmac_py", appauthor=False) / "chat_history"
 
 
+def on_terminal() -> bool:
+    """Whether standard input is a terminal."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 class LineInput:
     """Reads messages: lines that end in a backslash go on, lines between triple quotes are one.
 
@@ -30,7 +35,7 @@ class LineInput:
     """
 
     def __init__(self) -> None:
-        self._terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self._terminal = on_terminal() and sys.stdout.isatty()
         self._readline = _import_readline() if self._terminal else None
         self._saved = 0
         if self._readline is not None:
@@ -66,7 +71,7 @@ class LineInput:
     def _line(self, prompt: str) -> str:
         if self._terminal:
             return input(prompt)
-        line = sys.stdin.readline()
+        line = "" if sys.stdin is None else sys.stdin.readline()
         if not line:
             raise EOFError
         return line.removesuffix("\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tmac_py.cli.arguments import decode_text
+from tmac_py.cli.lineinput import on_terminal
 from tmac_py.cli.models import model_name, resolve_model
 from tmac_py.cli.run_options import add_arguments
 from tmac_py.errors import TmacError
@@ -91,7 +92,7 @@ def _chat(
     conversation = open_conversation(
         model, session, system=args.system, variables=args.chat_template_kwargs, raw=args.raw
     )
-    if not args.quiet and sys.stdin.isatty():
+    if not args.quiet and on_terminal():
         greet(conversation, name, model.threads)
     program = ChatProgram(conversation, options, quiet=args.quiet)
     status = program.run(prompt, single=args.single_turn)
@@ -156,7 +157,7 @@ def _check_prompt_cache(args: argparse.Namespace) -> None:
 def _on_terminal(args: argparse.Namespace) -> bool:
     """Whether someone sits there who gave no prompt."""
     given = args.prompt is not None or args.file is not None
-    return not given and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    return not given and on_terminal() and sys.stdout.isatty()
 
 
 def _show(text: str) -> None:
@@ -169,7 +170,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
         text: str = args.prompt
     elif args.file is not None and args.file != "-":
         text = decode_text(Path(args.file).read_bytes(), args.file)
-    elif sys.stdin is None or (args.prompt is None and args.file is None and sys.stdin.isatty()):
+    elif sys.stdin is None or (args.prompt is None and args.file is None and on_terminal()):
         raise TmacError("no prompt: give one with -p/--prompt, -f/--file or on standard input")
     else:
         text = decode_text(sys.stdin.buffer.read(), "standard input")

@@ -104,15 +104,14 @@ def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--system", "-sys", "--system-prompt", metavar="TEXT", help="instructions for a chat model"
     )
-    how = group.add_mutually_exclusive_group()
-    how.add_argument(
+    group.add_argument(
         "-cnv",
         "--chat",
         "--conversation",
         action="store_true",
         help="chat; a prompt is the first message, lines of standard input are the next ones",
     )
-    how.add_argument(
+    group.add_argument(
         "-st",
         "--single-turn",
         action="store_true",

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, get_args
 
-from tmac_py.cli.models import DEFAULT_MODEL, resolve_model
+from tmac_py.cli.models import MODEL_HELP, model_name, resolve_model
 from tmac_py.errors import TmacError
 from tmac_py.spec import Tables
 
@@ -28,15 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    group.add_argument("-m", "--model", dest="model_option", metavar="MODEL", help="the same")
     group.add_argument(
-        "model",
-        nargs="?",
-        default=DEFAULT_MODEL,
-        metavar="MODEL",
-        help=f"a .lut file, or the name of a model to fetch (default: {DEFAULT_MODEL})",
-    )
-    group.add_argument(
-        "-a", "--alias", metavar="NAME", help="what clients call the model (default: the file's)"
+        "-a",
+        "--alias",
+        metavar="NAME",
+        help="what clients know it as (default: its own)",
     )
     group.add_argument(
         "-t",
@@ -167,6 +165,7 @@ def execute(args: argparse.Namespace) -> int:
     """Serve until told to end: status 0 after SIGTERM, 130 after Ctrl-C."""
     _check(args)
     keys = _api_keys(args)
+    name = model_name(args.model, args.model_option)
     try:
         from tmac_py.server.app import ServerOptions, make_app
         from tmac_py.server.run import bind, is_loopback, serve
@@ -180,9 +179,7 @@ def execute(args: argparse.Namespace) -> int:
     local = is_loopback(args.host)
     _end_quietly()
     with bind(args.host, args.port) as listener:
-        path = resolve_model(
-            args.model, cache_dir=args.cache_dir, offline=args.offline, quiet=args.quiet
-        )
+        path = resolve_model(name, cache_dir=args.cache_dir, offline=args.offline, quiet=args.quiet)
         with Model.load(
             path, threads=args.threads, tables=args.tables, check=not args.no_check
         ) as model:
@@ -196,7 +193,7 @@ def execute(args: argparse.Namespace) -> int:
                 max_queue=args.max_queue,
             )
             options = ServerOptions(
-                name=args.alias or path.stem,
+                name=args.alias or _known_as(name),
                 api_keys=keys,
                 max_body=args.max_body,
                 max_tokens=args.max_tokens,
@@ -214,10 +211,24 @@ def execute(args: argparse.Namespace) -> int:
 
             engine.start()
             try:
-                serve(make_app(engine, options), listener, grace=args.grace, started=started)
+                serve(
+                    make_app(engine, options),
+                    listener,
+                    grace=args.grace,
+                    started=started,
+                    cut=engine.close,
+                )
             finally:
                 engine.close()
     return 0
+
+
+def _known_as(model: str) -> str:
+    """What clients get to know of a model's name: of a path no more than the end."""
+    path = Path(model)
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.exists() else model
 
 
 def _check(args: argparse.Namespace) -> None:

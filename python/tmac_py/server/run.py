@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import sys
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from tmac_py.errors import TmacError
 
 IDLE_SECONDS = 30
 """An open connection without a request is closed after these."""
+
+UNREAD_SECONDS = 3
+"""For clients to read the end of an answer when the server ends."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -49,12 +53,21 @@ def is_loopback(host: str) -> bool:
 
 
 def serve(
-    app: Starlette, listener: socket.socket, *, grace: float, started: Callable[[], None]
+    app: Starlette,
+    listener: socket.socket,
+    *,
+    grace: float,
+    started: Callable[[], None],
+    cut: Callable[[], None],
 ) -> None:
-    """Answer until SIGINT or SIGTERM; answers under way then have ``grace`` seconds to end.
+    """Answer until SIGINT or SIGTERM. Afterwards the signal is raised again, for the old handlers.
 
-    ``started`` is called when connections are accepted. Afterwards the signal is raised again, for
-    the handlers that were there before.
+    Args:
+        app: what answers.
+        listener: from :func:`bind`.
+        grace: seconds that answers under way then have to end.
+        started: called when connections are accepted.
+        cut: called when these seconds are over; it has to end what is still under way.
     """
     # The engine's thread waits this long for the interpreter when a step is done; 5 ms would be
     # as long as the step.
@@ -67,23 +80,38 @@ def serve(
         ws="none",
         server_header=False,
         timeout_keep_alive=IDLE_SECONDS,
-        timeout_graceful_shutdown=max(1, round(grace)),
+        timeout_graceful_shutdown=math.ceil(grace) + UNREAD_SECONDS,
     )
-    server = _Server(config, started)
+    server = _Server(config, started, cut, grace)
     asyncio.run(server.serve(sockets=[listener]))
 
 
 class _Server(uvicorn.Server):
-    """Says when it has started."""
+    """Says when it has started, and when answers have to end."""
 
-    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        started: Callable[[], None],
+        cut: Callable[[], None],
+        grace: float,
+    ) -> None:
         super().__init__(config)
         self._when_started = started
+        self._cut = cut
+        self._grace = grace
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self.started:
             self._when_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        late = asyncio.get_running_loop().call_later(self._grace, self._cut)
+        try:
+            await super().shutdown(sockets=sockets)
+        finally:
+            late.cancel()
 
 
 def _reason(error: Exception) -> str:
