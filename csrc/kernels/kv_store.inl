@@ -57,7 +57,8 @@ inline float group_error(const float* x, float scale) {
 }
 
 // Codes [32] of a group of x, and its scale: that of the largest number or, for few bits, the one
-// of some smaller ones with the least squared error. A NaN or an infinity makes the scale NaN.
+// of some smaller ones with the least squared error. A NaN or an infinity makes the scale NaN, and
+// the codes whatever a NaN converts to.
 template <typename S, typename Kv>
 inline uint16_t quantize_group(const float* x, int32_t* codes) {
   bool finite = true;
@@ -121,7 +122,7 @@ void store_key(const KvShape& shape, const KvHead& head, int64_t pos, const floa
                 const int per_byte = 8 / kv_bits(shape.keys);
                 uint8_t* out = keys + group * (kKvGroup / per_byte) * kKeyBlock + lane;
                 for (int64_t i = 0; i < kKvGroup; i += per_byte) {
-                  const int32_t high = per_byte == 2 ? codes[i + 1] << 4 : 0;
+                  const int high = per_byte == 2 ? static_cast<uint8_t>(codes[i + 1]) << 4 : 0;
                   out[i / per_byte * kKeyBlock] = static_cast<uint8_t>(codes[i] | high);
                 }
               });
@@ -141,7 +142,8 @@ void store_value(const KvShape& shape, const KvHead& head, int64_t pos, const fl
               [&](int64_t group, const int32_t* codes) {
                 const int64_t bytes = kKvGroup * kv_bits(shape.values) / 8;
                 for (int64_t i = 0; i < bytes; ++i) {
-                  const int32_t high = bytes < kKvGroup ? codes[i + bytes] << 4 : 0;
+                  const int high =
+                      bytes < kKvGroup ? static_cast<uint8_t>(codes[i + bytes]) << 4 : 0;
                   out[group * bytes + i] = static_cast<uint8_t>(codes[i] | high);
                 }
               });
