@@ -50,6 +50,7 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
         "tmac_py.conversions",
         "tmac_py.decoding",
         "tmac_py.default_model",
+        "tmac_py.embedding",
         "tmac_py.evaluation",
         "tmac_py.evaluation_state",
         "tmac_py.generate",

@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from tmac_py.checks import check_whole
-from tmac_py.decoding import Ids
+from tmac_py.decoding import SAME_BITS, Ids
 from tmac_py.errors import ContextError, TmacError
 from tmac_py.server.fair_queue import FairQueue
 from tmac_py.server.jobs import BusyError, CancelledError, Job, Request, Sink
@@ -25,9 +25,6 @@ from tmac_py.server.slots import Slot, choose_slot
 
 if TYPE_CHECKING:
     from tmac_py.model import Model
-
-SAME_BITS = 16
-"""Ids in one pass that get the bits each would get alone (``Model.forward_batch``)."""
 
 MAX_PARALLEL = 256
 
