@@ -84,6 +84,14 @@ class Token:
         return self.timings.gen_tps
 
 
+@dataclass(frozen=True)
+class Step:
+    """One token of an answer, with the likeliest tokens in its place (id, log probability)."""
+
+    token: Token
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class Result(str):
     """A whole answer: the text, as a ``str``, with what is known about it.
 

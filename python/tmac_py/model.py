@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from tmac_py import _core
 from tmac_py.checks import check_kv, check_tables, check_threads, check_whole
 from tmac_py.config import ModelConfig
+from tmac_py.constraints import Constraints
 from tmac_py.decoder import build_decoder
 from tmac_py.decoding import PREFILL_CHUNK
 from tmac_py.embedding import OnePooling, Pooling, Texts, embed
@@ -75,6 +76,7 @@ class Model:
         self.sampling_defaults = load_defaults(files)
         self._template_source = chat_template
         self._template: ChatTemplate | None = None
+        self._constraints: Constraints | None = None
         self._pool = thread_pool(self.threads)
         self._decoder: _core.Decoder | None = build_decoder(file, self.tables)
         self.file = file
@@ -138,6 +140,13 @@ class Model:
             known = {name: token for name, token in names.items() if token is not None}
             self._template = None if source is None else ChatTemplate(source, known)
         return self._template
+
+    @property
+    def constraints(self) -> Constraints:
+        """What gives answers a form; ModelFileError for a file without a tokenizer."""
+        if self._constraints is None:
+            self._constraints = Constraints(self.tokenizer, self.config)
+        return self._constraints
 
     @property
     def n_ctx(self) -> int:
