@@ -66,6 +66,7 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
         "tmac_py.sessionfile",
         "tmac_py.speculative",
         "tmac_py.stored_logits",
+        "tmac_py.tool_calls",
     ),
     "server": ("tmac_py.server",),
     "cli": ("tmac_py.cli", "tmac_py.__main__"),

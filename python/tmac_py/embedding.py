@@ -78,8 +78,7 @@ class Embedder:
 
     Attributes:
         n_tokens: of all texts.
-        vectors: complete when :meth:`step` returns False: for each text float32 [hidden], or
-            [tokens, hidden] with pooling "none".
+        vectors: so far: for each text float32 [hidden], or [tokens, hidden] with pooling "none".
     """
 
     def __init__(
@@ -110,6 +109,11 @@ class Embedder:
         self._passes = plan_passes([len(text) for text in texts], chunk)
         self._caches: dict[int, _core.KvCache] = {}
         self._pooled: dict[int, Vectors | NDArray[np.float64]] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether all vectors are there."""
+        return len(self.vectors) == len(self._texts)
 
     def step(self) -> int:
         """Compute one pass; returns its tokens, 0 if there was none left."""
