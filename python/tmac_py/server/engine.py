@@ -13,21 +13,17 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from time import perf_counter
-from typing import TYPE_CHECKING, Literal, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeVar
 
 from tmac_py.checks import check_whole
-from tmac_py.decoding import SAME_BITS, Ids, Logits
+from tmac_py.decoding import SAME_BITS, Ids
 from tmac_py.embedding import Embedder, Pooling
 from tmac_py.errors import ContextError, TmacError
 from tmac_py.server.embedding_job import EmbeddingJob, EmbeddingSink
 from tmac_py.server.fair_queue import FairQueue
 from tmac_py.server.jobs import BusyError, CancelledError, Job, Request, Sink
+from tmac_py.server.passes import Passes
 from tmac_py.server.slots import Slot, place
-from tmac_py.speculative import MOST_GUESSED
 
 if TYPE_CHECKING:
     from tmac_py.model import Model
@@ -35,25 +31,6 @@ if TYPE_CHECKING:
 MAX_PARALLEL = 256
 
 AnyJob = TypeVar("AnyJob", Job, EmbeddingJob)
-
-
-@dataclass
-class Counters:
-    """What the engine has done since it was made; seconds are those of the core's calls.
-
-    ``n_decode`` passes were made for the ``decode_tokens`` that followed the first of each answer;
-    ``n_busy`` adds up the answers that took part in each. Texts to embed count as prompts.
-    """
-
-    prompt_tokens: int = 0
-    prompt_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-    n_decode: int = 0
-    n_busy: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
 
 
 class Engine:
@@ -97,12 +74,13 @@ class Engine:
         """
         self.model = model
         self.parallel = check_whole("parallel", parallel, 1, MAX_PARALLEL)
-        self.counters = Counters()
         self._chunk = check_whole("chunk", chunk, 1)
         self._max_queue = check_whole("max_queue", max_queue, 0)
         self._guess = guess
         self._slots = [Slot(model.new_cache(n_ctx, kv), chunk) for _ in range(parallel)]
         self.n_ctx = self._slots[0].cache.n_ctx
+        self._passes = Passes(model, self._chunk, self.n_ctx)
+        self.counters = self._passes.counters
         self._queue: FairQueue[Job] = FairQueue()
         self._texts: FairQueue[EmbeddingJob] = FairQueue()
         self._texts_next = False
@@ -199,7 +177,7 @@ class Engine:
                 waiting = self._texts.remove(job.client, job)
             self._lock.notify()
         if waiting:
-            self._count_end(job, CancelledError("the request was cancelled"))
+            self._passes.end(job, CancelledError("the request was cancelled"))
 
     def step(self) -> bool:
         """Fill idle slots, decode a token of every answer, compute a part of the prompts.
@@ -212,10 +190,10 @@ class Engine:
         answering = [(slot, job) for slot, job in jobs if job.n_gen > 0]
         reading = [(slot, job) for slot, job in jobs if job.n_gen == 0]
         if self._guess and len(jobs) == 1 and answering:
-            self._decode_alone(*answering[0])
+            self._passes.decode_alone(*answering[0])
         else:
             for start in range(0, len(answering), SAME_BITS):
-                self._decode([slot for slot, _ in answering[start : start + SAME_BITS]])
+                self._passes.decode([slot for slot, _ in answering[start : start + SAME_BITS]])
         texts = len(self._texts) > 0
         if texts and (self._texts_next or not reading):
             self._embed()
@@ -243,7 +221,7 @@ class Engine:
         """Take slots from cancelled jobs, and give idle ones to those who wait."""
         for slot in self._slots:
             if slot.job is not None and slot.job.cancelled:
-                self._free(slot, CancelledError("the request was cancelled"))
+                self._passes.free(slot, CancelledError("the request was cancelled"))
         with self._lock:
             while self._queue and self.n_active < self.parallel:
                 job = self._queue.pop()
@@ -261,112 +239,20 @@ class Engine:
                 break
             budget -= len(part)
             job.turn = next(self._turns)
-            self._read_part(slot, job, part)
-
-    def _read_part(self, slot: Slot, job: Job, part: Ids) -> None:
-        """Compute a part of a prompt; after the last one choose the first token of the answer."""
-        scores = job.scores if job.scores is not None and not job.scores.complete else None
-        started = perf_counter()
-        try:
-            wanted: Literal["last", "all"] = "last" if scores is None else "all"
-            rows = self.model.forward(part, slot.cache, wanted)
-            self._count_prompt(len(part), perf_counter() - started)
-            slot.grow(part)
-            if scores is not None:
-                scores.add(rows)
-                if scores.complete:  # as without scores the last part gives the last logits only
-                    slot.rewind((len(job.text) - 1) // self._chunk * self._chunk)
-                return
-        except Exception as error:
-            self._free(slot, error)
-            return
-        if len(slot.held) == len(job.text):
-            self._sample(slot, job, rows)
-
-    def _decode(self, slots: Sequence[Slot]) -> None:
-        """Compute the next token of several answers.
-
-        Where that fails, each is tried alone, so that an error stays with the request it is of.
-        """
-        parts = [slot.todo(slot.job, 1) for slot in slots if slot.job is not None]
-        started = perf_counter()
-        try:
-            rows = self.model.forward_batch(parts, [slot.cache for slot in slots])
-        except Exception as error:
-            if len(slots) == 1:
-                self._free(slots[0], error)
-                return
-            for slot in slots:
-                self._decode([slot])
-            return
-        self._count_decode(len(parts), len(parts), perf_counter() - started)
-        for slot, ids, row in zip(slots, parts, rows, strict=True):
-            slot.grow(ids)
-            if slot.job is not None:
-                self._sample(slot, slot.job, row)
-
-    def _decode_alone(self, slot: Slot, job: Job) -> None:
-        """The same for one answer while there is no other: several tokens, if guesses are right."""
-        speculation, known = job.speculation, len(job.text)
-        most = min(MOST_GUESSED, job.n_left - 1, self.n_ctx - known)
-        guessed = speculation.guess(job.text, most)
-        started = perf_counter()
-        try:
-            ids = np.array([job.text[-1], *guessed], dtype=np.int32)
-            rows = self.model.forward(ids, slot.cache, "all")
-        except Exception as error:
-            self._free(slot, error)
-            return
-        seconds = perf_counter() - started
-        speculation.length.timed(len(ids), seconds)
-        slot.grow(ids)
-        for row, expected in zip(rows, [*guessed, None], strict=True):
-            if job.cancelled or self._sample(slot, job, row) != expected:
-                break
-        slot.rewind(min(len(slot.held), len(job.text) - 1))
-        tokens = job.text[known:]
-        speculation.judge(len(guessed), tokens)
-        self._count_decode(1, len(tokens), seconds)
-
-    def _sample(self, slot: Slot, job: Job, row: Logits) -> int | None:
-        """Choose the next token of an answer; None if there is none after it."""
-        if job.cancelled:
-            return None
-        try:
-            step = job.sample(row)
-        except Exception as error:
-            self._free(slot, error)
-            return None
-        ended = step.token.finish_reason is not None
-        if ended:
-            self.counters.finished += 1
-            slot.job = None
-        job.tell(step)
-        return None if ended else step.token.id
+            self._passes.read(slot, job, part)
 
     def _embed(self) -> None:
         """Compute one pass of the texts whose turn it is."""
         with self._lock:
             job = self._texts.pop() if self._texts else None
-        if job is None:
-            return
-        started = perf_counter()
-        try:
-            n_tokens = job.work.step()
-        except Exception as error:
-            self._count_end(job, error)
-            return
-        self._count_prompt(n_tokens, perf_counter() - started)
-        if job.work.complete:
-            self.counters.finished += 1
-            job.tell(job.work.vectors)
+        if job is None or self._passes.embed(job):
             return
         with self._lock:
             cancelled = job.cancelled
             if not cancelled:
                 self._texts.push(job.client, job)
         if cancelled:
-            self._count_end(job, CancelledError("the request was cancelled"))
+            self._passes.end(job, CancelledError("the request was cancelled"))
 
     def _enqueue(self, queue: FairQueue[AnyJob], job: AnyJob, idle: int) -> None:
         """Let ``job`` wait, if it is not one too many."""
@@ -379,36 +265,12 @@ class Engine:
             queue.push(job.client, job)
             self._lock.notify()
 
-    def _count_prompt(self, n_tokens: int, seconds: float) -> None:
-        self.counters.prompt_tokens += n_tokens
-        self.counters.prompt_seconds += seconds
-
-    def _count_decode(self, n_answers: int, n_tokens: int, seconds: float) -> None:
-        counters = self.counters
-        counters.decode_tokens += n_tokens
-        counters.decode_seconds += seconds
-        counters.n_decode += 1
-        counters.n_busy += n_answers
-
-    def _count_end(self, job: Job | EmbeddingJob, error: Exception) -> None:
-        if isinstance(error, CancelledError):
-            self.counters.cancelled += 1
-        else:
-            self.counters.failed += 1
-        job.tell(error)
-
-    def _free(self, slot: Slot, error: Exception) -> None:
-        """End the slot's job before its answer is complete."""
-        job, slot.job, slot.leader = slot.job, None, None
-        if job is not None:
-            self._count_end(job, error)
-
     def _end_all(self, error: Exception) -> None:
         for slot in self._slots:
-            self._free(slot, error)
+            self._passes.free(slot, error)
         with self._lock:
             waiting: list[Job | EmbeddingJob] = [
                 queue.pop() for queue in (self._queue, self._texts) for _ in range(len(queue))
             ]
         for job in waiting:
-            self._count_end(job, error)
+            self._passes.end(job, error)
