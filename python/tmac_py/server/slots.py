@@ -95,7 +95,10 @@ class Slot:
         self.leader = None
         known = leader.slot.known(job.request)
         if known > len(self.held):
-            self.cache = leader.slot.cache.fork()
+            try:
+                self.cache = leader.slot.cache.fork()
+            except (MemoryError, RuntimeError):  # no room for a copy: it is computed again
+                return True
             self.held, self._whole = list(leader.slot.held), leader.slot._whole
             self.rewind(known)
             job.n_cached = known
