@@ -105,8 +105,8 @@ def test_logprobs(model: Model) -> None:
     rows = model.logits([*prompt, *answer.ids])[len(prompt) - 1 : -1]
     for row, top in zip(rows, found["top_logprobs"], strict=True):
         wanted = [value for _, value in top_logprobs(row, 3)]
-        assert max(top.values()) == pytest.approx(wanted[0], abs=1e-3)
-        assert min(top.values()) == pytest.approx(wanted[2], abs=1e-3)
+        for value in top.values():  # two tokens may have one text
+            assert min(abs(value - one) for one in wanted) < 1e-3
     Completion.model_validate_json(json.dumps(completion), strict=True)
     chat = model.create_chat_completion(HELLO, logprobs=True, top_logprobs=2, **SEEDED)
     content = chat["choices"][0]["logprobs"]["content"]
