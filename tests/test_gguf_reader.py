@@ -123,7 +123,7 @@ def test_options_that_nothing_would_heed_are_refused(tmp_path: Path) -> None:
     path = tiny(tmp_path / "m.gguf")
     idle: list[dict[str, Any]] = [
         {"bits": 2},
-        {"head_bits": 4},
+        {"head_bits": 8},
         {"group_size": 64},
         {"asym": True},
         {"act_order": True, "quant": "gptq"},

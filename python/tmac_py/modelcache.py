@@ -20,7 +20,7 @@ Progress = Callable[[str, int, int], None]
 PHASES = ("wait", "download", "check", "unpack", "convert")
 """In order; "wait" (for another process that does the work) comes without amounts."""
 
-RECIPE = 2
+RECIPE = 3
 """Raised whenever a conversion with default options changes its result."""
 
 
