@@ -87,10 +87,10 @@ def convert(
     without such matrices refuses them. ``head_bits``, if it is given, is for embedding and lm_head
     that are stored as codes of more bits too. ``requantize`` dequantises matrices in types whose
     codes a .lut cannot keep and quantises them like floats; without it they are refused. ``lora``
-    is the folder of a peft adapter to merge into matrices stored as floats. Memory is bounded by about one
-    tensor, or by one layer and the activations of the calibration text; ``out`` appears whole or
-    not at all; equal sources and options give equal bytes (calibrated ones on equal machines: BLAS
-    sums as the CPU likes it).
+    is the folder of a peft adapter to merge into matrices stored as floats. Memory is bounded by
+    about one tensor, or by one layer and the activations of the calibration text; ``out`` appears
+    whole or not at all; equal sources and options give equal bytes (calibrated ones on equal
+    machines: BLAS sums as the CPU likes it).
     ``verify`` writes nothing: it converts once more and compares the ``out`` that is there.
     ``warn`` gets what is worth knowing.
 
