@@ -57,6 +57,7 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
         "tmac_py.modelcache",
         "tmac_py.multiple_choice",
         "tmac_py.options",
+        "tmac_py.packaged_download",
         "tmac_py.sampling",
         "tmac_py.session",
         "tmac_py.sessionfile",

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from functools import cache, cached_property
 from typing import Any, Protocol
 
-import sentencepiece
 import tokenizers
 
 from tmac_py.errors import ModelFileError, UnsupportedError
@@ -139,6 +138,8 @@ class _SentencePieceBackend:
     """
 
     def __init__(self, data: bytes, *, added: dict[str, int], legacy: bool) -> None:
+        import sentencepiece  # most models have a tokenizer.json
+
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
             self._unprefixed = sentencepiece.SentencePieceProcessor(
