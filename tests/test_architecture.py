@@ -59,6 +59,7 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
         "tmac_py.options",
         "tmac_py.packaged_download",
         "tmac_py.sampling",
+        "tmac_py.seeding",
         "tmac_py.session",
         "tmac_py.sessionfile",
         "tmac_py.speculative",
