@@ -100,15 +100,17 @@ def _check_row(row: Any, where: str) -> None:
     if missing or row.get("schema") != SCHEMA:
         reason = f"has no {missing[0]}" if missing else f"schema is {row.get('schema')!r}"
         raise ModelFileError(f"{where}: {reason}; allowed: rows of tmac-bench, schema {SCHEMA}")
-    samples = row.get("samples_ts")
-    numbers = [row[name] for name in _NUMBERS]
-    if not isinstance(samples, list) or not samples:
+    for name in (*_MODEL, *_WORKLOAD, *_SETTING):
+        if type(row[name]) not in (int, str):
+            raise ModelFileError(f"{where}: {name} is {row[name]!r}; allowed: a number or a name")
+    if not isinstance(row.get("samples_ts"), list):
         raise ModelFileError(f"{where}: samples_ts is not a list of numbers")
-    for number in numbers:
-        if type(number) not in (int, float) or not math.isfinite(number) or number < 0:
-            raise ModelFileError(f"{where}: a speed is {number!r}; allowed: numbers from 0 up")
-    if not all(row[name] for name in _NUMBERS if name != "stddev_ts"):
-        raise ModelFileError(f"{where}: a speed is 0; allowed: numbers above")
+    for name in _NUMBERS:
+        lowest = "from 0 up" if name == "stddev_ts" else "above 0"
+        number = row[name]
+        real = type(number) in (int, float) and math.isfinite(number)
+        if not real or number < 0 or (number == 0 and name != "stddev_ts"):
+            raise ModelFileError(f"{where}: {name} is {number!r}; allowed: numbers {lowest}")
 
 
 def compare_rows(first: Sequence[Row], second: Sequence[Row]) -> list[Comparison]:

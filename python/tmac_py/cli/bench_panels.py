@@ -47,7 +47,7 @@ class Panel:
 
 def make_panels(axis: str, rows: Sequence[Row]) -> list[Panel]:
     """The panels of the rows of one axis: each model with each value of the axis."""
-    places = _bit_places(rows) if axis == "bits" else _places(axis, rows)
+    places = _places(axis, rows)
     panels = []
     for test in dict.fromkeys(row["test"] for row in rows):
         series: dict[str, list[Point]] = {}
@@ -65,17 +65,19 @@ def make_panels(axis: str, rows: Sequence[Row]) -> list[Panel]:
 def subtitle(axis: str, rows: Sequence[Row]) -> str:
     """What is the same in all rows: model, instruction set, threads, and the processor."""
     parts = {
-        "model": [_short(row["model_filename"]) for row in rows] if axis != "bits" else [],
+        "model": [label for label, _ in _places(axis, rows)],
         "isa": [row["isa"] for row in rows],
         "threads": [f"{row['n_threads']} threads" for row in rows],
         "cpu": [row["cpu_info"] for row in rows],
     }
-    same = [next(iter(set(texts))) for texts in parts.values() if len(set(texts)) == 1]
+    same = [texts[0] for texts in parts.values() if texts[0] and len(set(texts)) == 1]
     return f"{AXIS_LABELS[axis]}; {', '.join(same)}"
 
 
 def _places(axis: str, rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Series and tick of each row: model, and threads or instruction set."""
+    """Series and tick of each row: model, and threads, bits or instruction set."""
+    if axis == "bits":
+        return _bit_places(rows)
     field = {"threads": "n_threads", "isa": "isa"}[axis]
     return [(_short(row["model_filename"]), str(row[field])) for row in rows]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _PANEL_INCHES = (5.2, 4.2)
+_TICK_CHARACTERS = 45
+"""More do not fit side by side below a panel."""
+
 _BAR_SHARE = 0.8
 """Of the room of a tick, for the bars of all series together."""
 
@@ -67,18 +71,22 @@ def save(path: Path, panels: Sequence[Panel], title: str) -> None:
     """Write a PNG with the panels side by side. Needs matplotlib; OSError if it cannot write."""
     from matplotlib.figure import Figure
 
-    inches = (max(7.0, _PANEL_INCHES[0] * len(panels)), _PANEL_INCHES[1] + 0.5)
+    inches = (max(7.0, _PANEL_INCHES[0] * len(panels)), _PANEL_INCHES[1])
     figure = Figure(figsize=inches, dpi=150, layout="constrained")
-    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for panel, axes in zip(panels, grid, strict=True):
         (_draw_lines if panel.axis == "threads" else _draw_bars)(panel, axes)
-        axes.set_title(panel.title, fontsize=11)
+        limit = f" (dashed: limit by {panel.limit})" if panel.limit else ""
+        axes.set_title(f"{panel.title}{limit}", fontsize=10)
         axes.set_xlabel(AXIS_LABELS[panel.axis])
-        axes.set_ylabel("tokens/s (median; bars: standard deviation)")
+        axes.set_ylabel("tokens/s (median ± standard deviation)")
         axes.set_ylim(0, panel.top * 1.08)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-        axes.legend(fontsize=8, framealpha=0.9)
-    figure.suptitle(title, fontsize=11, wrap=True)
+    figure.suptitle(title, fontsize=11)
+    if any(panels[0].series):
+        handles, labels = grid[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, format="png")
 
 
@@ -88,9 +96,8 @@ def _draw_lines(panel: Panel, axes: Axes) -> None:
         color = f"C{index}"
         values, spreads = [p.value for p in points], [p.spread for p in points]
         axes.errorbar(xs, values, spreads, color=color, marker="o", capsize=3, label=label)
-        limits = [p.limit for p in points if p.limit is not None]
-        if limits:
-            axes.plot(xs, limits, color=color, ls="--", lw=1, label=f"limit: {panel.limit}")
+        limits = [math.nan if p.limit is None else p.limit for p in points]
+        axes.plot(xs, limits, color=color, ls="--", lw=1)
     axes.set_xticks(xs)
 
 
@@ -109,6 +116,7 @@ def _draw_bars(panel: Panel, axes: Axes) -> None:
                 [x + width / 2 for x, _ in limits],
                 color="black" if len(panel.series) == 1 else color,
                 ls="--",
-                label=f"limit: {panel.limit}",
             )
     axes.set_xticks(range(len(panel.ticks)), panel.ticks, fontsize=8)
+    if sum(map(len, panel.ticks)) > _TICK_CHARACTERS:
+        axes.tick_params(axis="x", rotation=20)
