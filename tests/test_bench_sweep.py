@@ -19,6 +19,12 @@ from tmac_py.cli.main import bench
 QUICK = ["-p", "4", "-n", "2", "-r", "2"]
 
 
+@pytest.fixture(autouse=True)
+def _a_small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test looks at the bandwidth itself: a buffer of 4 MiB is read sooner."""
+    monkeypatch.setattr("tmac_py.benchmark._BANDWIDTH_BYTES", 1 << 22)
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_tiny_model(tmp_path_factory.mktemp("sweep") / "tiny.lut")
