@@ -113,6 +113,16 @@ def test_energy_is_of_all_tokens(
     assert "|     2.5 |" in run(capsys, *arguments)[1]
 
 
+def test_every_field_is_documented(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["-m", str(path), "-p", "2", "-n", "0", "-t", "1", "-r", "1", "-o", "json"]
+    assert bench(arguments) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    text = (Path(__file__).parents[1] / "docs" / "bench.md").read_text(encoding="utf-8")
+    table = text.partition("## Fields")[2].partition("\n## ")[0]
+    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert [name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)] == list(row)
+
+
 @pytest.mark.parametrize("output", ["md", "jsonl", "csv"])
 def test_other_formats_have_the_same_rows(
     path: Path, capsys: pytest.CaptureFixture[str], output: str
