@@ -105,11 +105,12 @@ COMMANDS = (
     ),
     Command(
         "inspect",
-        "show and check what a .lut file holds",
+        "show, check and export what a .lut file holds",
         (
             "tmac inspect model.lut",
             "tmac inspect model.lut --tensors --json > model.json",
             "tmac inspect new.lut --diff old.lut",
+            "tmac inspect model.lut --export folder --tensor 'model.layers.0.*'",
         ),
     ),
     Command(
