@@ -36,6 +36,7 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
         "tmac_py.pool",
         "tmac_py.quant",
         "tmac_py.rope",
+        "tmac_py.sensors",
         "tmac_py.spec",
         "tmac_py.synthetic",
         "tmac_py.tokenizer",
