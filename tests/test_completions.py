@@ -132,6 +132,8 @@ def test_forms_and_limits(model: Model) -> None:
 def test_what_is_wrong(model: Model) -> None:
     for call, text in (
         (lambda: model.create_completion("a", logprobs=21), "logprobs is 21; allowed: 0 to 20"),
+        (lambda: model.create_completion("a", max_tokens="9"), "max_tokens is '9'; allowed: 1 up"),
+        (lambda: model.generate("a", max_tokens="9"), "max_tokens is '9'; allowed: 1 up"),
         (lambda: model.create_chat_completion([]), "messages is missing or empty"),
         (lambda: model.create_chat_completion(HELLO, tool_choice="x"), "tool_choice is 'x'"),
         (lambda: model.create_chat_completion(HELLO, top_logprobs=1), "needs logprobs=True"),

@@ -13,6 +13,7 @@ from tmac_py.generate import Step, Token
 from tmac_py.openai_messages import read_messages
 from tmac_py.openai_replies import Reply, ReplyShape
 from tmac_py.options import GenerationOptions
+from tmac_py.plans import DEFAULT_MAX_TOKENS
 from tmac_py.sampling import Ids, Logits, check_processors, top_logprobs
 from tmac_py.text_methods import TextMethods, chat_ids
 
@@ -28,7 +29,7 @@ MAX_LOGPROBS = 20
 class CompletionOptions(GenerationOptions, total=False):
     """Keyword arguments of the two methods: :class:`tmac_py.options.GenerationOptions` and these.
 
-    ``max_tokens`` None or below 1 is no limit but the context's, ``seed`` -1 a random one, and the
+    ``max_tokens`` None, 0 or -1 is no limit but the context's, ``seed`` -1 a random one, and the
     token ids of ``logit_bias`` may be texts, as in JSON.
 
     Attributes:
@@ -242,8 +243,8 @@ def _generation_options(options: CompletionOptions) -> GenerationOptions:
     """The part of ``options`` that ``Model.stream`` takes, in its terms."""
     own = CompletionOptions.__annotations__.keys() - GenerationOptions.__annotations__.keys()
     wanted: Any = {name: value for name, value in options.items() if name not in own}
-    if "max_tokens" in wanted and (wanted["max_tokens"] is None or wanted["max_tokens"] < 1):
-        wanted["max_tokens"] = -1
+    limit = wanted.get("max_tokens", DEFAULT_MAX_TOKENS)
+    wanted["max_tokens"] = -1 if limit is None or limit in range(-1, 1) else limit
     if wanted.get("seed") == -1:
         wanted["seed"] = None
     bias = wanted.get("logit_bias")
