@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import secrets
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Reply:
         self._model = model
         self._created = int(time.time())
         prefix = "chatcmpl" if asked.chat else "cmpl"
-        self._id = f"{prefix}-{secrets.token_hex(12)}"
+        self._id = f"{prefix}-{os.urandom(12).hex()}"
         self._offset = 0
 
     def whole(self, steps: Sequence[Step]) -> dict[str, Any]:
