@@ -99,7 +99,8 @@ def main() -> None:
         )
         print(
             "| bits | group | bits per weight | tables | perplexity | mean KLD | 99 % KLD | "
-            f"largest KLD | same top | accuracy | flips |\n|{'---|' * 11}"
+            f"largest KLD | same top | accuracy | flips |\n|{'---|' * 11}",
+            flush=True,
         )
         for bits in args.bits:
             for group in args.groups:

@@ -58,6 +58,25 @@ with Model.load(sys.argv[1], threads=1) as model:
 """
 
 
+UNNEEDED = ("_hashlib", "asyncio", "jinja2", "numpy.random", "sentencepiece", "tqdm", "zipfile")
+"""Modules that a plain answer does without: each takes time at every start, and some megabytes."""
+
+IMPORTS = """
+import sys
+from tmac_py.cli import main
+
+status = main.run([sys.argv[1], "--raw", "-p", "Hi", "-n", "2", "-q"])
+print(*sorted({"numpy", *sys.argv[2:]} & sys.modules.keys()), file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def test_an_answer_imports_what_it_needs(default_lut: Path) -> None:
+    command = [sys.executable, "-c", IMPORTS, str(default_lut), *UNNEEDED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr.split() == ["numpy"]
+
+
 @pytest.mark.parametrize(("n_prompt", "kv"), [(300, "f16"), (2000, "f16"), (2000, "int8")])
 def test_peak_of_a_long_prompt(default_lut: Path, n_prompt: int, kv: str) -> None:
     done = subprocess.run(

@@ -253,7 +253,7 @@ def files(chosen: Sequence[BenchModel], folder: Path) -> Iterator[tuple[str, Pat
         try:
             yield model.name, path
         finally:
-            path.unlink()
+            path.unlink(missing_ok=True)  # the folder may have gone before
 
 
 def _numbers(low: int, high: int | None = None) -> Callable[[str], list[int]]:

@@ -29,12 +29,12 @@ def sweep(args: argparse.Namespace) -> int:
     """Measure along each axis, print the rows, plot them; returns the exit status."""
     from tmac_py.sensors import find_energy_meter
 
-    plans = _plans(args)
     workloads = options.workloads(args)
     if not args.no_plots:
         need_matplotlib()
         if not args.plots.is_dir():
-            raise OptionError(f"{args.plots}: no such folder for the plots; allowed: one that is")
+            raise OptionError(f"{args.plots}: no such folder for the plots")
+    plans = _plans(args)
     meter = find_energy_meter().meter
     writer = make_writer(args.output, extra=setting_columns(plans[0].settings))
     drawn = []
@@ -83,29 +83,21 @@ def _plans(args: argparse.Namespace) -> list[_Plan]:
         threads=default_threads() if "threads" in args.sweep else settings[0].threads,
         isa=None if "isa" in args.sweep else settings[0].isa,
     )
-    return [_plan(axis, args, base) for axis in args.sweep]
-
-
-def _plan(axis: str, args: argparse.Namespace, base: Setting) -> _Plan:
-    if axis == "threads":
-        counts = args.threads or _thread_counts(default_threads())
-        chosen, settings = _fixed(args), [replace(base, threads=n) for n in counts]
-    elif axis == "isa":
-        isas = options.isas(args) or options.usable_isas()
-        chosen, settings = _fixed(args), [replace(base, isa=name) for name in isas]
-    else:
-        chosen, settings = _of_all_bits(args), [base]
-    return _Plan(axis, chosen, settings)
+    along = {
+        "threads": [
+            replace(base, threads=n) for n in args.threads or _thread_counts(default_threads())
+        ],
+        "isa": [replace(base, isa=name) for name in options.isas(args) or options.usable_isas()],
+        "bits": [base],
+    }
+    bits = _of_all_bits(args) if "bits" in args.sweep else []
+    same = options.models(args) if set(args.sweep) != {"bits"} else []
+    return [_Plan(axis, bits if axis == "bits" else same, along[axis]) for axis in args.sweep]
 
 
 def _thread_counts(most: int) -> list[int]:
     """Powers of two below ``most``, and it."""
     return [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
-
-
-def _fixed(args: argparse.Namespace) -> list[BenchModel]:
-    """The models as they are given."""
-    return options.models(args)
 
 
 def _of_all_bits(args: argparse.Namespace) -> list[BenchModel]:
