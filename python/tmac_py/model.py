@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tmac_py import _core
-from tmac_py.checks import check_kv, check_tables, check_threads, check_whole
+from tmac_py.checks import check_ids, check_kv, check_tables, check_threads, check_whole
 from tmac_py.completions import CompletionMethods
 from tmac_py.config import ModelConfig
 from tmac_py.constraints import Constraints
@@ -360,22 +360,7 @@ class Model(CompletionMethods):
         return self._check_ids(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
 
     def _check_ids(self, ids: ArrayLike) -> Ids:
-        """``ids`` as int32 [n], n >= 1, all within the vocabulary."""
-        try:
-            array = np.asarray(ids)
-        except ValueError as error:
-            raise OptionError("token ids must be a sequence of integers") from error
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise OptionError("token ids must be a sequence of integers")
-        if not array.size:
-            raise OptionError("the prompt has no tokens")
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high >= self.config.vocab_size:
-            raise OptionError(
-                f"token id {low if low < 0 else high} is outside the vocabulary "
-                f"of {self.config.vocab_size}"
-            )
-        return np.ascontiguousarray(array, dtype=np.int32)
+        return check_ids(ids, self.config.vocab_size)
 
     def _check_n_ctx(self, n_ctx: int) -> int:
         """``n_ctx`` with 0 replaced by the model's own size."""
