@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -12,27 +12,23 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tmac_py import _core
-from tmac_py.checks import check_kv, check_tables, check_threads, check_whole
+from tmac_py.checks import check_ids, check_kv, check_tables, check_threads, check_whole
+from tmac_py.completions import CompletionMethods
 from tmac_py.config import ModelConfig
 from tmac_py.constraints import Constraints
 from tmac_py.decoder import build_decoder
 from tmac_py.decoding import PREFILL_CHUNK
 from tmac_py.embedding import OnePooling, Pooling, Texts, embed
 from tmac_py.errors import ContextError, ModelFileError, OptionError, TmacError
-from tmac_py.generate import Result, Token
 from tmac_py.generation_defaults import load_defaults
 from tmac_py.lutfile import LutFile
 from tmac_py.pool import thread_pool
-from tmac_py.sampling import new_seed
 from tmac_py.session import Session
 from tmac_py.spec import Tables
 from tmac_py.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from tmac_py.chat import ChatTemplate, Message
-    from tmac_py.options import GenerationOptions
 
 _BUSY = "in use by another thread"
 """What the core says of such a cache."""
@@ -41,7 +37,7 @@ Ids = NDArray[np.int32]
 Logits = NDArray[np.float32]
 
 
-class Model:
+class Model(CompletionMethods):
     """One loaded model. Load it with :meth:`load`; a context manager.
 
     The weights stay in the mapped file and are never changed: one model serves any number of
@@ -309,55 +305,6 @@ class Model:
         """An empty :class:`tmac_py.session.Session`; arguments and errors as :meth:`new_cache`."""
         return Session(self, n_ctx=n_ctx, kv=kv)
 
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        n_ctx: int = 0,
-        kv: str = "f16",
-        **options: Unpack[GenerationOptions],
-    ) -> Generator[Token, None, None]:
-        """Generate token by token. Arguments are checked at once, work starts with the first token.
-
-        The generator may be closed at any token; the model stays usable.
-
-        Args:
-            prompt: text to continue, or token ids (:meth:`chat_prompt` makes them of messages).
-            n_ctx: size of the context; 0 = what prompt and ``max_tokens`` need, within what the
-                model allows.
-            kv: how keys and values are stored, see :meth:`new_cache`.
-            options: see :class:`tmac_py.options.GenerationOptions`.
-
-        Raises:
-            ContextError: the prompt leaves no room for an answer.
-            OptionError: an argument is not allowed.
-            TmacError: the model is closed.
-        """
-        ids = self.check_prompt(prompt)
-        max_tokens = options.get("max_tokens")
-        if n_ctx == 0 and max_tokens != -1:
-            wanted = len(ids) + (256 if max_tokens is None else max(1, max_tokens))
-            n_ctx = min(self.n_ctx, wanted)
-        return self.new_session(n_ctx, kv).stream(ids.tolist(), **options)
-
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        n_ctx: int = 0,
-        kv: str = "f16",
-        **options: Unpack[GenerationOptions],
-    ) -> Result:
-        """The whole answer at once: a ``str`` with ids, finish reason and timings.
-
-        Arguments and errors as :meth:`stream`.
-        """
-        if options.get("seed") is None:
-            options["seed"] = new_seed()
-        seed = options["seed"]
-        assert seed is not None
-        return Result(list(self.stream(prompt, n_ctx=n_ctx, kv=kv, **options)), seed)
-
     @property
     def closed(self) -> bool:
         """True after :meth:`close`."""
@@ -378,6 +325,10 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def _model(self) -> Model:
+        return self
 
     def _check_batch(
         self, ids: Sequence[ArrayLike], caches: Sequence[_core.KvCache]
@@ -409,22 +360,7 @@ class Model:
         return self._check_ids(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
 
     def _check_ids(self, ids: ArrayLike) -> Ids:
-        """``ids`` as int32 [n], n >= 1, all within the vocabulary."""
-        try:
-            array = np.asarray(ids)
-        except ValueError as error:
-            raise OptionError("token ids must be a sequence of integers") from error
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise OptionError("token ids must be a sequence of integers")
-        if not array.size:
-            raise OptionError("the prompt has no tokens")
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high >= self.config.vocab_size:
-            raise OptionError(
-                f"token id {low if low < 0 else high} is outside the vocabulary "
-                f"of {self.config.vocab_size}"
-            )
-        return np.ascontiguousarray(array, dtype=np.int32)
+        return check_ids(ids, self.config.vocab_size)
 
     def _check_n_ctx(self, n_ctx: int) -> int:
         """``n_ctx`` with 0 replaced by the model's own size."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class Reply:
         self._model = model
         self._created = int(time.time())
         prefix = "chatcmpl" if asked.chat else "cmpl"
-        self._id = f"{prefix}-{secrets.token_hex(12)}"
+        self._id = f"{prefix}-{os.urandom(12).hex()}"
         self._choices = [_Choice(i, asked, tokenizer) for i in range(n_prompts * asked.n)]
         self._ended: dict[int, Timings] = {}
 
@@ -171,7 +171,7 @@ class _Choice:
     def _call(self, call: ToolCall) -> dict[str, Any]:
         self._n_calls += 1
         return {
-            "id": f"call_{secrets.token_hex(12)}",
+            "id": f"call_{os.urandom(12).hex()}",
             "type": "function",
             "function": {"name": call.name, "arguments": call.arguments},
         }

@@ -14,14 +14,13 @@ from tmac_py.embedding import read_texts
 from tmac_py.errors import OptionError
 from tmac_py.generate import check_stop
 from tmac_py.model import Model
-from tmac_py.openai_messages import read_messages
+from tmac_py.openai_messages import choose_tools, read_messages, read_tools
 from tmac_py.openai_replies import ReplyShape
 from tmac_py.sampling import LogitsProcessor, Sampler, SamplingParams
 from tmac_py.server.errors import invalid
 from tmac_py.server.fields import (
     read_flag,
     read_object,
-    read_objects,
     read_real,
     read_text,
     read_whole,
@@ -76,8 +75,8 @@ class RequestReader:
         top = read_whole(body, "top_logprobs", 0, MAX_TOP_LOGPROBS) or 0
         if top and not logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
-        tools, choice = _tools(body)
-        form = schema_form(call_schema(tools), "tool_choice") if choice == "required" else None
+        tools, required = _tools(body)
+        form = schema_form(call_schema(tools), "tool_choice") if required else None
         shape = ReplyShape(
             chat=True,
             logprobs=logprobs,
@@ -295,30 +294,16 @@ def _prompts(prompt: object) -> list[str | list[int]]:
     return prompts
 
 
-def _tools(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str]:
-    """The tools that may be called, and "auto", or "required" where one has to be."""
-    tools = read_objects(body, "tools")
-    for i, tool in enumerate(tools):
-        function = tool.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise invalid(f"tools[{i}] has no function with a name", "tools")
-        if not isinstance(function.get("parameters", {}), dict | None):
-            raise invalid(f"tools[{i}].function.parameters: allowed: an object", "tools")
-    choice = body.get("tool_choice")
-    if choice == "none":
-        return [], "auto"
-    if choice in (None, "auto"):
-        return tools, "auto"
-    if isinstance(choice, dict) and isinstance(choice.get("function"), dict):
-        name = choice["function"].get("name")
-        tools = [tool for tool in tools if tool["function"]["name"] == name]
-    elif choice != "required":
-        raise invalid(
-            "tool_choice: allowed: 'auto', 'none', 'required', or a function", "tool_choice"
-        )
-    if not tools:
-        raise invalid("tool_choice: there is no such tool", "tool_choice")
-    return tools, "required"
+def _tools(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+    """The tools that may be called, and whether one has to be."""
+    try:
+        tools = read_tools(body.get("tools"))
+    except OptionError as error:
+        raise invalid(str(error), "tools") from error
+    try:
+        return choose_tools(tools, body.get("tool_choice"))
+    except OptionError as error:
+        raise invalid(str(error), "tool_choice") from error
 
 
 def _stop(stop: object) -> tuple[str, ...]:
