@@ -21,11 +21,11 @@ KV_TYPES: tuple[KvType, ...] = ("f16", "int8", "int4")
 
 GROUP = 32
 BLOCK = 64
-"""Numbers that share a scale; positions whose weights are brought to a new maximum together."""
+"""Numbers that share a range; positions whose weights are brought to a new maximum together."""
 
 
 SMALLER = (0.95, 0.9, 0.85, 0.8, 0.75)
-"""Scales that 4 bits try, as shares of that of the largest number."""
+"""Ranges that 4 bits try, as shares of that from the lowest number to the highest."""
 
 
 def rotation_run(head_dim: int) -> int:
@@ -46,12 +46,6 @@ def rotate(x: Floats) -> Floats:
     return out * norm
 
 
-def fused(a: Floats, b: Floats, c: np.float32) -> Floats:
-    """a * b + c, rounded once: the product of two float32 is exact in float64, and so is the sum
-    here, whose addends are of similar size."""
-    return (a.astype(np.float64) * b + c).astype(np.float32)
-
-
 @dataclass(frozen=True)
 class Stored:
     """Rows as a cache of some type holds them, padded to whole groups."""
@@ -61,19 +55,35 @@ class Stored:
     """Upper bounds of the magnitudes that the kernels add up in place of each value."""
 
 
-def codes_of(groups: Floats, scales: Floats, zero: np.float32) -> Floats:
-    inverse = np.where(scales > 0, np.float32(1) / scales, np.float32(0))
-    codes: Floats = np.rint(np.clip(fused(groups, inverse, zero), 0, 2 * zero))
-    return codes
+@dataclass(frozen=True)
+class Ranges:
+    """Of groups of numbers, each array [..., 1]: what codes [0, most] stand for."""
+
+    scale: Floats
+    low: Floats
+
+    def codes(self, groups: Floats, most: np.float32) -> Floats:
+        inverse = np.where(self.scale > 0, np.float32(1) / self.scale, np.float32(0))
+        codes: Floats = np.rint(np.clip((groups - self.low) * inverse, 0, most))
+        return codes
+
+    def errors(self, groups: Floats, most: np.float32) -> Floats:
+        """Squared errors [..., 1] in the core's order of operations: 16 lanes, then halves."""
+        squares = (groups - (self.codes(groups, most) * self.scale + self.low)) ** 2
+        while squares.shape[-1] > 1:
+            half = squares.shape[-1] // 2
+            squares = squares[..., :half] + squares[..., half:]
+        return squares
 
 
-def group_errors(groups: Floats, scales: Floats, zero: np.float32) -> Floats:
-    """Squared errors [..., 1] in the core's order of operations: 16 lanes, then halves."""
-    squares = (groups - (codes_of(groups, scales, zero) - zero) * scales) ** 2
-    while squares.shape[-1] > 1:
-        half = squares.shape[-1] // 2
-        squares = squares[..., :half] + squares[..., half:]
-    return squares
+def narrowed(groups: Floats, most: np.float32, share: float) -> Ranges:
+    """A part of the range of each group, around its middle, as binary16 holds it."""
+    lowest, highest = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    half = np.float32(0.5)
+    middle, reach = half * (lowest + highest), half * (highest - lowest)
+    part = np.float32(share) * reach
+    scale, low = part * (np.float32(2) / most), middle - part
+    return Ranges(*(x.astype(np.float16).astype(np.float32) for x in (scale, low)))
 
 
 def stored(x: Floats, kind: KvType) -> Stored:
@@ -84,24 +94,25 @@ def stored(x: Floats, kind: KvType) -> Stored:
         with np.errstate(over="ignore"):
             halves = padded.astype(np.float16).astype(np.float64)
         return Stored(halves, np.abs(halves))
-    zero = np.float32(127.5 if kind == "int8" else 7.5)
+    most = np.float32(255 if kind == "int8" else 15)
     groups = padded.reshape(n, -1, GROUP)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        whole = np.abs(groups).max(-1, keepdims=True) / zero
-        whole[~np.isfinite(whole)] = np.nan
-        scales = whole.astype(np.float16).astype(np.float32)
-        least = group_errors(groups, scales, zero)
+        ranges = narrowed(groups, most, 1)
+        least = ranges.errors(groups, most)
         for share in SMALLER if kind == "int4" else ():
-            other = (whole * np.float32(share)).astype(np.float16).astype(np.float32)
-            error = group_errors(groups, other, zero)
-            scales = np.where(error < least, other, scales)
-            least = np.where(error < least, error, least)
-        codes = codes_of(groups, scales, zero)
-        wide = scales.astype(np.float64)
-        values = ((codes - zero) * wide).reshape(n, -1)
-        terms = ((codes + zero) * wide).reshape(n, -1)
-    # An infinity or a NaN makes the whole group NaN.
-    bad = np.broadcast_to(np.isnan(wide), groups.shape).reshape(n, -1)
+            other = narrowed(groups, most, share)
+            error = other.errors(groups, most)
+            better = error < least
+            ranges = Ranges(
+                np.where(better, other.scale, ranges.scale), np.where(better, other.low, ranges.low)
+            )
+            least = np.where(better, error, least)
+        numbers = ranges.codes(groups, most) * ranges.scale.astype(np.float64)
+        values = (numbers + ranges.low).reshape(n, -1)
+        terms = (numbers + np.abs(ranges.low)).reshape(n, -1)
+    # What binary16 does not hold makes the whole group NaN.
+    held = (np.abs(groups) <= np.finfo(np.float16).max).all(-1, keepdims=True)
+    bad = np.broadcast_to(~held, groups.shape).reshape(n, -1)
     values[bad] = np.nan
     terms[bad] = np.nan
     return Stored(values, terms)

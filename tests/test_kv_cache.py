@@ -19,7 +19,7 @@ IDS = np.random.default_rng(7).integers(0, tiny.VOCAB, 60).astype(np.int32)
 KV = ("f16", "int8", "int4", "int8/int4", "f16/int4")
 ISAS = [row["name"] for row in _core.isas() if row["usable"]]
 
-MOST_DIVERGENCE = {"int8": 2e-4, "int8/int4": 6e-3, "int4": 0.06}
+MOST_DIVERGENCE = {"int8": 1.5e-4, "int8/int4": 5e-3, "int4": 0.04}
 """Mean KL divergence in nats from the answers with fp16 keys and values, on the default model's
 text: what bench/kv_cache.py measures (docs/attention.md), with room for other texts."""
 
@@ -77,7 +77,7 @@ def test_a_long_context_is_shared_out_by_position(tmp_path: Path, kv: str) -> No
 @pytest.mark.parametrize("kv", KV)
 def test_bytes_are_as_computed(kv: str) -> None:
     keys, values = kv.split("/")[0], kv.split("/")[-1]
-    bits = {"f16": 16.0, "int8": 8 + 16 / 32, "int4": 4 + 16 / 32}
+    bits = {"f16": 16.0, "int8": 8 + 32 / 32, "int4": 4 + 32 / 32}
     cache = _core.KvCache(
         n_layers=3, n_kv_heads=2, head_dim=64, n_ctx=128, keys=keys, values=values
     )

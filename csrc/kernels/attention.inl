@@ -24,9 +24,9 @@ struct Span {
 };
 
 // scores[query][0..16) = products of kQueries queries with the keys of one block of 16 positions,
-// whose scales begin at `scales`. Scores of a query are kAttendBlock apart.
+// whose ranges begin at `ranges`. Scores of a query are kAttendBlock apart.
 template <typename S, typename Kv, int kQueries>
-inline void score_block(const KvShape& shape, const uint8_t* keys, const uint16_t* scales,
+inline void score_block(const KvShape& shape, const uint8_t* keys, const uint16_t* ranges,
                         int64_t capacity, const float* q, float* scores) {
   using F = typename S::F;
   const int64_t stride = shape.query_floats();
@@ -51,9 +51,10 @@ inline void score_block(const KvShape& shape, const uint8_t* keys, const uint16_
       for (int n = 0; n < kQueries; ++n) {
         const F sum = S::add(S::add(sums[n][0], sums[n][2]), S::add(sums[n][1], sums[n][3]));
         if constexpr (Kv::kScaled) {
-          const F zero = S::set(q[n * stride + shape.dims() + group]);
-          const F scale = S::load_half(scales + group * capacity + lane);
-          total[n] = S::fma(scale, S::sub(sum, zero), total[n]);
+          const uint16_t* range = ranges + 2 * group * capacity + lane;
+          const F of_low = S::set(q[n * stride + shape.dims() + group]);
+          total[n] = S::fma(S::load_half(range), sum, total[n]);
+          total[n] = S::fma(S::load_half(range + capacity), of_low, total[n]);
         } else {
           total[n] = S::add(total[n], sum);
         }
@@ -169,20 +170,24 @@ inline void add_group(const KvShape& shape, const uint8_t* values, int64_t group
   for (int n = 0; n < kQueries; ++n) one(n, common.to, spans[n].to);
 }
 
-// weights * the scales of a group -> scaled, 0 outside of the span; and what codes of zero add to
-// the group's sums goes from them.
-template <typename S, typename Kv>
-inline void scale_weights(const uint16_t* scales, const Span& span, const float* weights,
-                          float* scaled, float* sums) {
+// weights * the scales of a group -> scaled, 0 outside of the span; weights * its lowest numbers
+// are added to the group's sums.
+template <typename S>
+inline void scale_weights(const uint16_t* ranges, int64_t capacity, const Span& span,
+                          const float* weights, float* scaled, float* sums) {
   if (span.empty()) return;
-  for_each_of<S>(span, [&](int64_t i) {
-    S::store_f(scaled + i, S::mul(S::load_f(weights + i), S::load_half(scales + i)));
-  });
-  fill_outside(span, 0, scaled);
-  const auto zeros = S::set(Kv::kZero * sum_of<S>(span, scaled));
+  const auto times = [&](const uint16_t* halves) {
+    for_each_of<S>(span, [&](int64_t i) {
+      S::store_f(scaled + i, S::mul(S::load_f(weights + i), S::load_half(halves + i)));
+    });
+    fill_outside(span, 0, scaled);
+  };
+  times(ranges + capacity);
+  const auto lows = S::set(sum_of<S>(span, scaled));
   for (int64_t i = 0; i < kKvGroup; i += S::kFloats) {
-    S::store_f(sums + i, S::sub(S::load_f(sums + i), zeros));
+    S::store_f(sums + i, S::add(S::load_f(sums + i), lows));
   }
+  times(ranges);
 }
 
 template <typename S, typename Kv, int kQueries>
@@ -195,13 +200,25 @@ inline void add_values(const KvShape& shape, const KvHead& head, int64_t begin,
     } else {
       float scaled[kQueries * kAttendBlock];
       for (int n = 0; n < kQueries; ++n) {
-        scale_weights<S, Kv>(head.value_scales + group * head.capacity + begin, spans[n],
-                             weights + n * kAttendBlock, scaled + n * kAttendBlock,
-                             states + n * shape.state_floats() + kStateHead + group * kKvGroup);
+        scale_weights<S>(head.value_ranges + 2 * group * head.capacity + begin, head.capacity,
+                         spans[n], weights + n * kAttendBlock, scaled + n * kAttendBlock,
+                         states + n * shape.state_floats() + kStateHead + group * kKvGroup);
       }
       add_group<S, Kv, kQueries>(shape, values, group, spans, scaled, states);
     }
   }
+}
+
+// Asks for the keys and values of 16 positions: blocks of both take turns, so that what the
+// processor foresees by itself ends with each.
+template <typename S>
+inline void prefetch_positions(const KvShape& shape, const KvHead& head, int64_t first) {
+  const auto lines = [](const uint8_t* p, int64_t size) {
+    for (int64_t i = 0; i < size; i += 64) S::prefetch(p + i);
+  };
+  const int64_t keys = shape.vector_bytes(shape.keys), values = shape.vector_bytes(shape.values);
+  lines(head.keys + first * keys, kKeyBlock * keys);
+  lines(head.values + first * values, kKeyBlock * values);
 }
 
 // Queries [at, at + kQueries) over the block of positions [begin, end).
@@ -221,8 +238,12 @@ inline void attend_block(const KvShape& shape, const KvHead& head, const AttendQ
   with_format(shape.keys, [&](auto format) {
     using Kv = decltype(format);
     for (int64_t t = all.from / kKeyBlock * kKeyBlock; t < all.to; t += kKeyBlock) {
+      const int64_t next = begin + t + kAttendBlock;
+      if (at == 0 && next < queries.end[queries.count - 1]) {
+        prefetch_positions<S>(shape, head, next);
+      }
       score_block<S, Kv, kQueries>(shape, head.keys + (begin + t) * shape.vector_bytes(shape.keys),
-                                   Kv::kScaled ? head.key_scales + begin + t : nullptr,
+                                   Kv::kScaled ? head.key_ranges + begin + t : nullptr,
                                    head.capacity, queries.q + at * shape.query_floats(),
                                    weights + t);
     }

@@ -38,17 +38,17 @@ KvCache::KvCache(int64_t n_layers, int64_t n_kv_heads, int64_t head_dim, int64_t
 KvCache::~KvCache() { munmap(data_, static_cast<size_t>(nbytes())); }
 
 int64_t KvCache::head_bytes() const {
-  const int64_t scales = shape_.scales(shape_.keys) + shape_.scales(shape_.values);
+  const int64_t ranges = shape_.ranges(shape_.keys) + shape_.ranges(shape_.values);
   return capacity_ * (shape_.vector_bytes(shape_.keys) + shape_.vector_bytes(shape_.values) +
-                      scales * static_cast<int64_t>(sizeof(uint16_t)));
+                      ranges * static_cast<int64_t>(sizeof(uint16_t)));
 }
 
 KvHead KvCache::head(int64_t layer, int64_t kv_head) {
   uint8_t* keys = data_ + (layer * n_kv_heads_ + kv_head) * head_bytes();
   uint8_t* values = keys + capacity_ * shape_.vector_bytes(shape_.keys);
-  auto* scales =
+  auto* ranges =
       reinterpret_cast<uint16_t*>(values + capacity_ * shape_.vector_bytes(shape_.values));
-  return {keys, values, scales, scales + capacity_ * shape_.scales(shape_.keys), capacity_};
+  return {keys, values, ranges, ranges + capacity_ * shape_.ranges(shape_.keys), capacity_};
 }
 
 void KvCache::truncate(int64_t pos) {

@@ -37,7 +37,7 @@ class KvCache {
   // A new cache of `n_ctx` positions that holds the same tokens.
   std::unique_ptr<KvCache> fork(int64_t n_ctx);
   // The tokens held as bytes: a header, then for each layer and head the keys in whole blocks (with
-  // zeros at positions that are not held), the values, the scales of keys and those of values.
+  // zeros at positions that are not held), the values, the ranges of keys and those of values.
   int64_t state_bytes() const;
   void write_state(uint8_t* out);
   // Throws std::invalid_argument for bytes that are not the state of such a cache, or of more

@@ -8,7 +8,7 @@
 namespace tmac {
 namespace {
 
-constexpr char kMagic[8] = {'T', 'M', 'A', 'C', 'K', 'V', '1', 0};
+constexpr char kMagic[8] = {'T', 'M', 'A', 'C', 'K', 'V', '2', 0};
 
 struct StateHeader {
   char magic[8];
@@ -32,19 +32,19 @@ void KvCache::each_run(int64_t layer, int64_t kv_head, int64_t pos,
   const KvHead at = head(layer, kv_head);
   visit(at.keys, round_up(pos, kKeyBlock) * shape_.vector_bytes(shape_.keys));
   visit(at.values, pos * shape_.vector_bytes(shape_.values));
-  const auto scales = [&](uint16_t* first, int64_t count) {
+  const auto ranges = [&](uint16_t* first, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       visit(reinterpret_cast<uint8_t*>(first + i * at.capacity), pos * 2);
     }
   };
-  scales(at.key_scales, shape_.scales(shape_.keys));
-  scales(at.value_scales, shape_.scales(shape_.values));
+  ranges(at.key_ranges, shape_.ranges(shape_.keys));
+  ranges(at.value_ranges, shape_.ranges(shape_.values));
 }
 
 int64_t KvCache::state_bytes() const {
-  const int64_t scales = shape_.scales(shape_.keys) + shape_.scales(shape_.values);
+  const int64_t ranges = shape_.ranges(shape_.keys) + shape_.ranges(shape_.values);
   const int64_t of_head = round_up(pos_, kKeyBlock) * shape_.vector_bytes(shape_.keys) +
-                          pos_ * (shape_.vector_bytes(shape_.values) + scales * 2);
+                          pos_ * (shape_.vector_bytes(shape_.values) + ranges * 2);
   return static_cast<int64_t>(sizeof(StateHeader)) + n_layers_ * n_kv_heads_ * of_head;
 }
 

@@ -183,18 +183,18 @@ struct HeadCache {
         capacity(round_up(n, kAttendBlock)),
         keys(static_cast<size_t>(capacity * shape.vector_bytes(keys_type))),
         values(static_cast<size_t>(capacity * shape.vector_bytes(values_type))),
-        key_scales(static_cast<size_t>(capacity * shape.scales(keys_type))),
-        value_scales(static_cast<size_t>(capacity * shape.scales(values_type))),
+        key_ranges(static_cast<size_t>(capacity * shape.ranges(keys_type))),
+        value_ranges(static_cast<size_t>(capacity * shape.ranges(values_type))),
         scratch(static_cast<size_t>(shape.dims())) {}
 
   KvHead head() {
-    return {keys.data(), values.data(), key_scales.data(), value_scales.data(), capacity};
+    return {keys.data(), values.data(), key_ranges.data(), value_ranges.data(), capacity};
   }
 
   KvShape shape;
   int64_t capacity;
   std::vector<uint8_t> keys, values;
-  std::vector<uint16_t> key_scales, value_scales;
+  std::vector<uint16_t> key_ranges, value_ranges;
   std::vector<float> scratch;
 };
 
