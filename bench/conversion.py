@@ -32,11 +32,13 @@ _CONVERT = """
 import json, resource, sys, time
 from tmac_py.converters import convert
 source, out, options = sys.argv[1:]
+before = resource.getrusage(resource.RUSAGE_SELF)
 start = time.perf_counter()
 convert(source, out, **json.loads(options))
 seconds = time.perf_counter() - start
 usage = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps([seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024]))
+busy = usage.ru_utime + usage.ru_stime - before.ru_utime - before.ru_stime
+print(json.dumps([seconds, busy, usage.ru_maxrss * 1024]))
 """
 
 

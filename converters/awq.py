@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tmac_py import _core
 from tmac_py.converters.bit_fields import unpack_fields
 from tmac_py.converters.checkpoint import Shape
 from tmac_py.converters.grouped_codes import (
@@ -48,6 +49,9 @@ _FIELD_OF_ROW = (0, 4, 1, 5, 2, 6, 3, 7)
 
 _CHUNK_WEIGHTS = 1 << 17
 """Weights that one thread unpacks at once."""
+
+_CHUNK_ROWS_WEIGHTS = 1 << 20
+"""gemm: the same; neighbouring words are of neighbouring rows."""
 
 _FAST_COLUMNS = 64
 """fast: so many columns of 4 rows stand together."""
@@ -92,12 +96,10 @@ class Gemm:
         rows = np.empty((n_words, _FIELDS, n), np.uint8)
 
         def unpack(part: slice) -> None:
-            pairs = np.ascontiguousarray(words[:, part].T).view(np.uint8).reshape(-1, n, 4)
-            nibbles = pairs & np.uint8(0xF), pairs >> np.uint8(_BITS)
-            for row, field in enumerate(_FIELD_OF_ROW):
-                rows[part, row] = nibbles[field % 2][..., field // 2]
+            out = rows[part].reshape(-1, n)
+            _core.unpack_nibble_rows(words[:, part], out, _FIELD_OF_ROW)
 
-        map_threads(unpack, row_chunks(n_words, n * _FIELDS, _CHUNK_WEIGHTS))
+        map_threads(unpack, row_chunks(n_words, n * _FIELDS, _CHUNK_ROWS_WEIGHTS))
         return rows.reshape(-1, n)[:m]
 
 

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tmac_py import _core
 from tmac_py.parallel import map_threads
 from tmac_py.quant import row_chunks
 
 _WORD_BITS = 32
-_CHUNK_FIELDS = 1 << 17
-"""Fields that one thread works on at once: words and fields stay in its cache."""
+_CHUNK_FIELDS = 1 << 20
+"""Fields that one thread works on at once."""
 
 
 def unpack_fields(
@@ -30,10 +31,12 @@ def unpack_fields(
     result is field ``order[j]``, if there is an order.
     """
     fields = np.empty((len(words), count), np.uint8)
-    split = _split_stream if straddle or _WORD_BITS % bits == 0 else _split_words
 
     def unpack(rows: slice) -> None:
-        found = split(np.ascontiguousarray(words[rows]), bits)[:, :count]
+        if straddle or _WORD_BITS % bits == 0:
+            _core.unpack_streams(words[rows], fields[rows], bits=bits, order=order)
+            return
+        found = _split_words(np.ascontiguousarray(words[rows]), bits)[:, :count]
         if order is None:
             fields[rows] = found
         else:
@@ -41,30 +44,6 @@ def unpack_fields(
 
     map_threads(unpack, row_chunks(*fields.shape, _CHUNK_FIELDS))
     return fields
-
-
-def _split_stream(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
-    """All fields of rows that are streams of bits, and zeros up to a multiple of 8 fields.
-
-    Eight fields are ``bits`` bytes. They are halved three times, down to a field in every byte.
-    """
-    data = words.view(np.uint8)
-    periods = -(-data.shape[1] // bits)
-    if missing := periods * bits - data.shape[1]:
-        data = np.pad(data, ((0, 0), (0, missing)))
-    data = data.reshape(len(data), periods, bits)
-    eights = np.zeros((len(data), periods, 8), np.uint8)
-    for i in range(bits):
-        eights[..., i] = data[..., i]
-    x: NDArray[np.uint64] = eights.view("<u8")[..., 0]
-    for fields in (4, 2, 1):
-        width, distance = fields * bits, fields * 8
-        low = np.uint64(sum((1 << width) - 1 << at for at in range(0, 64, 2 * distance)))
-        high = x & (low << np.uint64(width))
-        high <<= np.uint64(distance - width)
-        x &= low
-        x |= high
-    return np.ascontiguousarray(x).view(np.uint8)
 
 
 def _split_words(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:

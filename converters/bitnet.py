@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tmac_py import _core
 from tmac_py.converters.checkpoint import FloatMatrix, Shape, as_float32
 from tmac_py.converters.safetensors_file import StoredTensor
 from tmac_py.converters.weight_format import DENSE, FLOATS, Expected, FormatOf, Parts, WeightFormat
@@ -24,7 +25,7 @@ from tmac_py.quant import QuantTensor, quantize_ternary, row_chunks, ternary_ten
 
 _NAME = re.compile(r"[\w.]+")
 _PER_BYTE = 4
-_CHUNK_ELEMENTS = 1 << 18
+_CHUNK_ELEMENTS = 1 << 19
 """Weights that one thread works on at once."""
 
 _PLAUSIBLE_INVERSE = 3.0
@@ -106,11 +107,12 @@ class Packed:
         codes = np.empty(shape, np.uint8)
 
         def unpack(part: slice) -> None:
+            fields = _core.unpack_runs(packed[part], shape[1], 8 // _PER_BYTE)
+            fields = fields.reshape(-1, _PER_BYTE, shape[1])
             for i in range(_PER_BYTE):
                 first = i * len(packed)
                 rows = codes[first + part.start : min(first + part.stop, m)]
-                np.right_shift(packed[part][: len(rows)], 2 * i, out=rows)
-                rows &= 3
+                rows[:] = fields[: len(rows), i]
 
         map_threads(unpack, row_chunks(len(packed), shape[1] * _PER_BYTE, _CHUNK_ELEMENTS))
         return ternary_tensor(codes, 1 / stored if self.inverse else stored)

@@ -20,6 +20,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from tmac_py import _core
 from tmac_py.parallel import map_threads
 from tmac_py.quant import QuantTensor, row_chunks, ternary_tensor
 from tmac_py.spec import OffsetKind
@@ -28,7 +29,7 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Decoded = tuple[Bytes, Floats, Floats | None]
 
-_CHUNK_ELEMENTS = 1 << 17
+_CHUNK_ELEMENTS = 1 << 19
 """Weights that one thread decodes at once; the temporaries are a few times as large."""
 
 
@@ -165,11 +166,7 @@ def _fields(packed: Bytes, run: int, bits: int) -> Bytes:
 
     Each run of ``run`` bytes holds 8 / bits runs of values: first all lowest fields, then the next.
     """
-    n = packed.shape[0]
-    shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape(1, 1, -1, 1)
-    values: Bytes = packed.reshape(n, -1, 1, run) >> shifts
-    values &= np.uint8((1 << bits) - 1)
-    return values.reshape(n, -1)
+    return _core.unpack_runs(packed, run, bits)
 
 
 def _fifth_bits(blocks: Bytes, start: int) -> Bytes:

@@ -24,10 +24,14 @@ const T* array_data(const py::array& array, const char* name, const std::vector<
     for (const auto size : sizes) list += (list.empty() ? "" : ", ") + std::to_string(size);
     return "[" + list + "]";
   };
-  check_argument(array.dtype().equal(py::dtype(dtype)), name, " must be of dtype ", dtype, ", not ",
-                 py::str(array.dtype()).cast<std::string>());
+  if (!array.dtype().equal(py::dtype(dtype))) {  // the message takes long: NumPy makes the name
+    check_argument(false, name, " must be of dtype ", dtype, ", not ",
+                   py::str(array.dtype()).cast<std::string>());
+  }
   const std::vector<int64_t> found(array.shape(), array.shape() + array.ndim());
-  check_argument(found == shape, name, " must be ", text(shape), ", not ", text(found));
+  if (found != shape) {
+    check_argument(false, name, " must be ", text(shape), ", not ", text(found));
+  }
   check_argument((array.flags() & py::array::c_style) != 0, name, " must be C-contiguous");
   return static_cast<const T*>(array.data());
 }

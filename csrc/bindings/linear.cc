@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <memory>
 
+#include "layout/pack.h"
+
 namespace tmac {
 namespace {
 
@@ -28,7 +30,8 @@ const uint16_t* half_data(const py::object& array, const char* name,
 py::array_t<uint8_t> pack_codes(const py::array& codes, const py::object& scales,
                                 const py::object& offsets, int bits, int64_t group_size,
                                 const std::string& offset_kind, const std::string& encoding,
-                                std::optional<float> scale) {
+                                std::optional<float> scale,
+                                std::optional<py::array_t<uint8_t>> tiles) {
   check_argument(codes.ndim() == 2, "codes must be a matrix [m, k]");
   const LinearSpec spec =
       parse_spec(codes.shape(0), codes.shape(1), bits, group_size, offset_kind, encoding, scale);
@@ -38,14 +41,21 @@ py::array_t<uint8_t> pack_codes(const py::array& codes, const py::object& scales
   const auto* offset_data =
       half_data(offsets, "offsets", {spec.m, spec.n_groups()},
                 spec.offset_kind != OffsetKind::kNone, "offset_kind '" + offset_kind + "'");
-  py::array_t<uint8_t> packed(spec.packed_bytes());
+  if (tiles) {
+    array_data<uint8_t>(*tiles, "tiles", {spec.n_tiles() * spec.tile_bytes()}, "uint8");
+  }
+  py::array_t<uint8_t> packed = tiles ? *tiles : py::array_t<uint8_t>(spec.packed_bytes());
   uint8_t* out = packed.mutable_data();
   py::gil_scoped_release release;
   uint8_t largest = 0;
   for (int64_t i = 0; i < spec.m * spec.k; ++i) largest = std::max(largest, code_data[i]);
   check_argument(largest < 1 << bits, "codes must be below 2^", bits);
   check_argument(!spec.ternary() || largest <= 2, "ternary codes must be 0, 1 or 2");
-  pack(spec, code_data, scale_data, offset_data, out);
+  if (tiles) {
+    pack_tiles(spec, code_data, scale_data, offset_data, out);
+  } else {
+    pack(spec, code_data, scale_data, offset_data, out);
+  }
   return packed;
 }
 
@@ -108,9 +118,10 @@ void bind_linear(py::module_& module) {
       "Bytes of the packed form of a matrix [m, k].");
   module.def("pack", &pack_codes, "codes"_a, "scales"_a = py::none(), "offsets"_a = py::none(),
              py::kw_only(), "bits"_a, "group_size"_a, "offset_kind"_a, "encoding"_a = "uniform",
-             "scale"_a = py::none(),
+             "scale"_a = py::none(), "tiles"_a = py::none(),
              "Packs codes [m, k] uint8 with scales (unless the matrix has one scale) and offsets "
-             "[m, n_groups] float16; bcq has scales [m, n_groups, bits].");
+             "[m, n_groups] float16; bcq has scales [m, n_groups, bits]. The tiles alone, without "
+             "the end of a matrix with one scale, go to `tiles` if it is there.");
   module.def("unpack", &unpack_codes, "packed"_a, py::kw_only(), "m"_a, "k"_a, "bits"_a,
              "group_size"_a, "offset_kind"_a, "encoding"_a = "uniform", "scale"_a = py::none(),
              "The codes, scales and offsets (None where there are none) of a packed matrix.");

@@ -17,6 +17,7 @@ struct PyLinear {
 Tables parse_tables(const std::string& text);
 void bind_linear(py::module_& module);
 void bind_kv_cache(py::module_& module);
+void bind_fields(py::module_& module);
 void bind_groups(py::module_& module);
 void bind_decoder(py::module_& module);
 void bind_sampler(py::module_& module);

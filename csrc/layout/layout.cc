@@ -7,6 +7,7 @@
 
 #include "core/check.h"
 #include "core/half.h"
+#include "layout/pack.h"
 
 namespace tmac {
 namespace {
@@ -30,12 +31,6 @@ void walk_tile(const LinearSpec& spec, int64_t tile_at, const Chunk& chunk,
   }
 }
 
-// Bytes of one constant for each row of a tile.
-constexpr int64_t kConstantBytes = 2 * kTileRows;
-
-// Chunks of a row that are packed before those of the next row.
-constexpr int64_t kBlockChunks = 16;
-
 // Where the byte of row r (of the tile) and bit plane p stands in a chunk.
 int64_t plane_byte(const LinearSpec& spec, int64_t r, int p) {
   if (spec.bcq()) return kTileRows * p + r;
@@ -47,37 +42,6 @@ int64_t plane_byte(const LinearSpec& spec, int64_t r, int p) {
   }
   return kTileRows * first + r * width + (p - first);
 }
-
-// Packs rows of a tile into chunks of bit planes.
-class PlanePacker {
- public:
-  explicit PlanePacker(const LinearSpec& spec) : bits_(spec.bits) {
-    for (int p = 0; p < bits_; ++p) {
-      start_[p] = plane_byte(spec, 0, p);
-      step_[p] = plane_byte(spec, 1, p) - start_[p];
-    }
-  }
-
-  // The n codes of row r.
-  void operator()(const uint8_t* codes, int64_t n, int64_t r, uint8_t* chunk) const {
-    uint64_t eight = 0;
-    if (n == kChunkWeights) {
-      std::memcpy(&eight, codes, kChunkWeights);  // of known size: one load
-    } else {
-      std::memcpy(&eight, codes, static_cast<size_t>(n));
-    }
-    for (int p = 0; p < bits_; ++p) {
-      // The product moves bit 0 of byte i to bit 56 + i; no two bits meet below.
-      const uint64_t plane = (eight >> p & kLowBits) * kGatherBits >> 56;
-      chunk[start_[p] + r * step_[p]] = static_cast<uint8_t>(plane);
-    }
-  }
-
- private:
-  static constexpr uint64_t kLowBits = 0x0101010101010101, kGatherBits = 0x0102040810204080;
-  int bits_;
-  int64_t start_[kMaxBits], step_[kMaxBits];
-};
 
 void unpack_planes(const LinearSpec& spec, const uint8_t* chunk, int64_t n, int64_t r,
                    uint8_t* codes) {
@@ -133,54 +97,6 @@ void check_order(const int32_t* order, int64_t k) {
   }
 }
 
-void pack(const LinearSpec& spec, const uint8_t* codes, const uint16_t* scales,
-          const uint16_t* offsets, uint8_t* packed) {
-  const PlanePacker pack_planes(spec);
-  const int64_t n_groups = spec.n_groups(), n_scales = spec.n_scales();
-  const int64_t weights = spec.chunk_weights(), whole = spec.chunk_bytes(weights);
-  for (int64_t t = 0; t < spec.n_tiles(); ++t) {
-    const int64_t row0 = t * kTileRows;
-    const int64_t rows = std::min<int64_t>(kTileRows, spec.m - row0);
-    uint8_t* at = packed + t * spec.tile_bytes();
-    std::memset(at, 0, static_cast<size_t>(spec.tile_bytes()));
-    for (int64_t g = 0; g < n_groups; ++g) {
-      const int64_t end = std::min(spec.k, (g + 1) * spec.group_size);
-      // Row by row in blocks, whose codes are whole cache lines and whose chunks stay in the cache.
-      for (int64_t k0 = g * spec.group_size; k0 < end;) {
-        const int64_t block_end = std::min(end, k0 + kBlockChunks * weights);
-        for (int64_t r = 0; r < rows; ++r) {
-          const uint8_t* row = codes + (row0 + r) * spec.k;
-          uint8_t* chunk = at;
-          for (int64_t j = k0; j < block_end; j += weights, chunk += whole) {
-            const int64_t n = std::min(weights, block_end - j);
-            if (spec.ternary()) {
-              pack_ternary(row + j, n, r, chunk);
-            } else {
-              pack_planes(row + j, n, r, chunk);
-            }
-          }
-        }
-        for (; k0 < block_end; k0 += weights) {
-          at += spec.chunk_bytes(std::min(weights, block_end - k0));
-        }
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t i = (row0 + r) * n_groups + g;
-        uint8_t* const constants = at + 2 * r;
-        for (int64_t p = 0; p < n_scales; ++p) {
-          std::memcpy(constants + p * kConstantBytes, scales + i * n_scales + p, 2);
-        }
-        if (spec.offset_kind != OffsetKind::kNone) {
-          std::memcpy(constants + n_scales * kConstantBytes, offsets + i, 2);
-        }
-      }
-      at += spec.scale_bytes();
-    }
-  }
-  const int64_t filled = spec.n_tiles() * spec.tile_bytes();
-  std::memset(packed + filled, 0, static_cast<size_t>(spec.packed_bytes() - filled));
-}
-
 void unpack(const LinearSpec& spec, const uint8_t* packed, uint8_t* codes, uint16_t* scales,
             uint16_t* offsets) {
   const int64_t n_groups = spec.n_groups(), n_scales = spec.n_scales();
@@ -199,10 +115,10 @@ void unpack(const LinearSpec& spec, const uint8_t* packed, uint8_t* codes, uint1
             const int64_t i = (row0 + r) * n_groups + g;
             const uint8_t* const constants = packed + at + 2 * r;
             for (int64_t p = 0; p < n_scales; ++p) {
-              std::memcpy(scales + i * n_scales + p, constants + p * kConstantBytes, 2);
+              std::memcpy(scales + i * n_scales + p, constants + p * kTileConstantBytes, 2);
             }
             if (spec.offset_kind != OffsetKind::kNone) {
-              std::memcpy(offsets + i, constants + n_scales * kConstantBytes, 2);
+              std::memcpy(offsets + i, constants + n_scales * kTileConstantBytes, 2);
             }
           }
         });
@@ -221,7 +137,7 @@ void dequantize_row(const LinearSpec& spec, const uint8_t* packed, int64_t row, 
       [&](int64_t g, int64_t at) {
         const auto constant = [&](int64_t i) {
           uint16_t half;
-          std::memcpy(&half, packed + at + i * kConstantBytes + 2 * r, 2);
+          std::memcpy(&half, packed + at + i * kTileConstantBytes + 2 * r, 2);
           return half_to_float(half);
         };
         const int64_t begin = g * spec.group_size, end = std::min(spec.k, begin + spec.group_size);

@@ -10,15 +10,14 @@ namespace {
 
 constexpr int64_t kPairWeights = 2 * kTernaryTableWeights;  // behind a byte of magnitudes
 
-// The magnitudes of the two tables that begin at the lowest of six codes; their signs go to bits 0
-// and 1 of `signs`.
-uint8_t pack_pair(uint64_t six, int* signs) {
+constexpr uint64_t kOnes = 0x0101010101010101;
+
+// The numbers t0 + 3 t1 + 9 t2 + 13 of the two tables whose codes are the lowest six bytes, as the
+// lowest two bytes.
+uint64_t two_numbers(uint64_t six) {
   // Byte j of the product is code j - 2 + 3 code j - 1 + 9 code j.
   const uint64_t sums = six * 0x010309;
-  const int low = static_cast<int>(sums >> 16 & 0xff) - 13;
-  const int high = static_cast<int>(sums >> 40 & 0xff) - 13;
-  *signs = (low < 0) | (high < 0) << 1;
-  return static_cast<uint8_t>((low < 0 ? -low : low) | (high < 0 ? -high : high) << 4);
+  return (sums >> 16 & 0xff) | (sums >> 32 & 0xff00);
 }
 
 uint64_t load_eight(const uint8_t* codes) {
@@ -37,16 +36,20 @@ void pack_ternary(const uint8_t* codes, int64_t n, int64_t r, uint8_t* chunk) {
     codes = padded;
   }
   // Eight codes from the fourth six on would reach behind the chunk.
-  const uint64_t sixes[] = {load_eight(codes), load_eight(codes + kPairWeights),
-                            load_eight(codes + 2 * kPairWeights),
-                            load_eight(codes + kTernaryChunkWeights - 8) >> 16};
-  int signs = 0;
+  const uint64_t numbers = two_numbers(load_eight(codes)) |
+                           two_numbers(load_eight(codes + kPairWeights)) << 16 |
+                           two_numbers(load_eight(codes + 2 * kPairWeights)) << 32 |
+                           two_numbers(load_eight(codes + kTernaryChunkWeights - 8) >> 16) << 48;
+  // Each byte less 13, plus 128: below 128 are the negative numbers, to be subtracted from 128.
+  const uint64_t shifted = numbers + kOnes * (128 - 13);
+  const uint64_t negative = ~shifted >> 7 & kOnes;
+  const uint64_t magnitudes = ((shifted ^ negative * 0xff) + negative) & kOnes * 0x7f;
+  const uint64_t nibbles = magnitudes | magnitudes >> 4;
+  // The product moves bit 0 of byte i to bit 56 + i; no two bits meet below.
+  chunk[r] = static_cast<uint8_t>(negative * 0x0102040810204080 >> 56);
   for (int i = 0; i * kPairWeights < n; ++i) {
-    int two;
-    chunk[(1 + i) * kTileRows + r] = pack_pair(sixes[i], &two);
-    signs |= two << 2 * i;
+    chunk[(1 + i) * kTileRows + r] = static_cast<uint8_t>(nibbles >> 16 * i);
   }
-  chunk[r] = static_cast<uint8_t>(signs);
 }
 
 void unpack_ternary(const uint8_t* chunk, int64_t n, int64_t r, uint8_t* codes) {

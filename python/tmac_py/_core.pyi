@@ -1,7 +1,7 @@
 """The C++ core: packing, lookup-table products, the decoder step."""
 
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,7 @@ def pack(
     offset_kind: OffsetKind,
     encoding: Encoding = "uniform",
     scale: float | None = None,
+    tiles: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]: ...
 def unpack(
     packed: NDArray[np.uint8],
@@ -57,6 +58,17 @@ def unpack(
     encoding: Encoding = "uniform",
     scale: float | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16] | None, NDArray[np.float16] | None]: ...
+def unpack_streams(
+    words: NDArray[np.integer[Any]],
+    out: NDArray[np.uint8],
+    *,
+    bits: int,
+    order: NDArray[np.int32] | None = None,
+) -> None: ...
+def unpack_nibble_rows(
+    words: NDArray[np.integer[Any]], out: NDArray[np.uint8], which: Sequence[int]
+) -> None: ...
+def unpack_runs(packed: NDArray[np.uint8], run: int, bits: int) -> NDArray[np.uint8]: ...
 def group_ranges(w: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
 def nearest_codes(
     w: NDArray[np.float32],

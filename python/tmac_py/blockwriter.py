@@ -30,17 +30,21 @@ class BlockWriter:
         """``data`` (bytes) after what is there."""
         while data.nbytes:
             room = BLOCK_BYTES - self.position % BLOCK_BYTES
-            self._held += data[:room]
+            if not self._held and data.nbytes >= room:
+                self._write(data[:room])
+            else:
+                self._held += data[:room]
+                if self.position % BLOCK_BYTES == 0:
+                    self.flush()
             data = data[room:]
-            if self.position % BLOCK_BYTES == 0:
-                self.flush()
 
     def flush(self) -> None:
         """Write what is held."""
+        held, self._held = self._held, bytearray()
+        self._write(memoryview(held))
+
+    def _write(self, view: memoryview) -> None:
         self._file.seek(self._start)
-        view = memoryview(self._held)
-        self._start += len(view)
+        self._start += view.nbytes
         while view.nbytes:
             view = view[self._file.write(view) :]
-        del view
-        self._held = bytearray()

@@ -11,8 +11,8 @@ from tmac_py.parallel import map_threads
 from tmac_py.quant import QuantTensor
 from tmac_py.spec import LinearSpec
 
-_CHUNK_ELEMENTS = 1 << 18
-"""Weights that one thread packs at once: codes and packed bytes stay in its cache."""
+_CHUNK_ELEMENTS = 1 << 20
+"""Weights that one thread packs at once."""
 
 
 def pack(q: QuantTensor) -> NDArray[np.uint8]:
@@ -27,19 +27,19 @@ def pack(q: QuantTensor) -> NDArray[np.uint8]:
 
     def fill(first: int) -> None:
         tiles = slice(first, min(first + step, n_tiles))
-        part = _pack_rows(q, slice(tiles.start * ROW_TILE, tiles.stop * ROW_TILE))
-        # A matrix with one scale has an end of its own, and so has each part of it.
-        packed[tiles.start * tile_bytes : tiles.stop * tile_bytes] = part[
-            : (tiles.stop - tiles.start) * tile_bytes
-        ]
+        _pack_rows(
+            q,
+            slice(tiles.start * ROW_TILE, tiles.stop * ROW_TILE),
+            packed[tiles.start * tile_bytes : tiles.stop * tile_bytes],
+        )
 
     map_threads(fill, range(0, n_tiles, step))
     packed[n_tiles * tile_bytes :] = 0
     return packed
 
 
-def _pack_rows(q: QuantTensor, rows: slice) -> NDArray[np.uint8]:
-    return _core.pack(
+def _pack_rows(q: QuantTensor, rows: slice, tiles: NDArray[np.uint8]) -> None:
+    _core.pack(
         q.codes[rows],
         None if q.scales is None else q.scales[rows],
         None if q.offsets is None else q.offsets[rows],
@@ -48,6 +48,7 @@ def _pack_rows(q: QuantTensor, rows: slice) -> NDArray[np.uint8]:
         offset_kind=q.offset_kind,
         encoding=q.encoding,
         scale=q.scale,
+        tiles=tiles,
     )
 
 

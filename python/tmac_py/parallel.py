@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
+from time import monotonic
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -21,15 +23,39 @@ def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> li
     The first exception is raised after the pieces under way have ended.
     """
     work = list(items)
-    threads = min(default_threads(), len(work))
+    threads = min(_threads(default_threads, int(monotonic())), len(work))
     if threads <= 1:
         return [function(item) for item in work]
-    with ThreadPoolExecutor(threads) as pool:
+    results: dict[int, Result] = {}
+    errors: dict[int, BaseException] = {}
+    left = iter(enumerate(work))  # the next item is taken in one step of the interpreter
+
+    def work_off() -> None:
+        while not errors and (taken := next(left, None)) is not None:
+            i, item = taken
+            try:
+                results[i] = function(item)
+            except BaseException as error:
+                errors[i] = error
+
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(work_off) for _ in range(threads - 1)]
         try:
-            return list(pool.map(function, work))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            work_off()
+            for other in others:
+                other.result()
+        except BaseException as error:  # KeyboardInterrupt between two items
+            errors[-1] = error
             raise
+    if errors:  # Items are taken in order: all before the first that failed have been done.
+        raise errors[min(errors)]
+    return [results[i] for i in range(len(work))]
+
+
+@lru_cache(maxsize=1)
+def _threads(default: Callable[[], int], _second: int) -> int:
+    """``default()``, which reads many small files of the system, at most once a second."""
+    return default()
 
 
 class Background:
