@@ -63,7 +63,8 @@ inline float group_error(const float* x, const Range& range) {
 }
 
 // Codes [32] of a group of x, and its range: that of its numbers or, for few bits, the one of some
-// narrower ones with the least squared error. What binary16 does not hold makes the scale NaN.
+// narrower ones with the least squared error. What binary16 does not hold makes the scale NaN, and
+// the codes whatever a NaN converts to.
 template <typename S, typename Kv>
 inline Range quantize_group(const float* x, int32_t* codes) {
   bool held = true;
@@ -134,7 +135,7 @@ void store_key(const KvShape& shape, const KvHead& head, int64_t pos, const floa
                 const int per_byte = 8 / kv_bits(shape.keys);
                 uint8_t* out = keys + group * (kKvGroup / per_byte) * kKeyBlock + lane;
                 for (int64_t i = 0; i < kKvGroup; i += per_byte) {
-                  const int32_t high = per_byte == 2 ? codes[i + 1] << 4 : 0;
+                  const int high = per_byte == 2 ? static_cast<uint8_t>(codes[i + 1]) << 4 : 0;
                   out[i / per_byte * kKeyBlock] = static_cast<uint8_t>(codes[i] | high);
                 }
               });
@@ -154,7 +155,8 @@ void store_value(const KvShape& shape, const KvHead& head, int64_t pos, const fl
               [&](int64_t group, const int32_t* codes) {
                 const int64_t bytes = kKvGroup * kv_bits(shape.values) / 8;
                 for (int64_t i = 0; i < bytes; ++i) {
-                  const int32_t high = bytes < kKvGroup ? codes[i + bytes] << 4 : 0;
+                  const int high =
+                      bytes < kKvGroup ? static_cast<uint8_t>(codes[i + bytes]) << 4 : 0;
                   out[group * bytes + i] = static_cast<uint8_t>(codes[i] | high);
                 }
               });

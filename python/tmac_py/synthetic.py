@@ -60,7 +60,9 @@ SHAPES: Mapping[str, ModelConfig] = MappingProxyType(
             rope_theta=500000.0,
             max_position_embeddings=4096,
             tie_word_embeddings=True,
+            hidden_act="relu2",
             activation_bits=8,
+            sub_norms=True,
         ),
         "qwen3-30b-a3b": ModelConfig(
             hidden_size=2048,
