@@ -115,21 +115,32 @@ inline void quantize(const KvShape& shape, KvType type, const float* x, uint16_t
   });
 }
 
+// x [dims] as the key at `pos` of keys in fp16.
+template <typename S>
+inline void store_half_key(const KvShape& shape, uint8_t* keys, int64_t pos, const float* x) {
+  auto* out = reinterpret_cast<uint16_t*>(keys) + pos / kKeyBlock * kKeyBlock * shape.dims() +
+              pos % kKeyBlock;
+  for (int64_t group = 0; group < shape.groups(); ++group) {
+    uint16_t halves[kKvGroup];
+    to_half<S>(x + group * kKvGroup, halves);
+    for (int64_t i = 0; i < kKvGroup; ++i) out[(group * kKvGroup + i) * kKeyBlock] = halves[i];
+  }
+}
+
+template <typename S>
+inline void store_half_value(const KvShape& shape, uint8_t* values, int64_t pos, const float* x) {
+  auto* out = reinterpret_cast<uint16_t*>(values) + pos * shape.dims();
+  for (int64_t i = 0; i < shape.dims(); i += kKvGroup) to_half<S>(x + i, out + i);
+}
+
 template <typename S>
 void store_key(const KvShape& shape, const KvHead& head, int64_t pos, const float* k,
                float* scratch) {
   pad(shape, shape.keys, k, scratch);
+  if (!kv_scaled(shape.keys)) return store_half_key<S>(shape, head.keys, pos, scratch);
+  store_half_key<S>(shape, head.near_keys, pos % kNear, scratch);
   const int64_t lane = pos % kKeyBlock;
   uint8_t* keys = head.keys + pos / kKeyBlock * kKeyBlock * shape.vector_bytes(shape.keys);
-  if (!kv_scaled(shape.keys)) {
-    auto* out = reinterpret_cast<uint16_t*>(keys) + lane;
-    for (int64_t group = 0; group < shape.groups(); ++group) {
-      uint16_t halves[kKvGroup];
-      to_half<S>(scratch + group * kKvGroup, halves);
-      for (int64_t i = 0; i < kKvGroup; ++i) out[(group * kKvGroup + i) * kKeyBlock] = halves[i];
-    }
-    return;
-  }
   quantize<S>(shape, shape.keys, scratch, head.key_ranges + pos, head.capacity,
               [&](int64_t group, const int32_t* codes) {
                 const int per_byte = 8 / kv_bits(shape.keys);
@@ -145,12 +156,9 @@ template <typename S>
 void store_value(const KvShape& shape, const KvHead& head, int64_t pos, const float* v,
                  float* scratch) {
   pad(shape, shape.values, v, scratch);
+  if (!kv_scaled(shape.values)) return store_half_value<S>(shape, head.values, pos, scratch);
+  store_half_value<S>(shape, head.near_values, pos % kNear, scratch);
   uint8_t* out = head.values + pos * shape.vector_bytes(shape.values);
-  if (!kv_scaled(shape.values)) {
-    auto* halves = reinterpret_cast<uint16_t*>(out);
-    for (int64_t i = 0; i < shape.dims(); i += kKvGroup) to_half<S>(scratch + i, halves + i);
-    return;
-  }
   quantize<S>(shape, shape.values, scratch, head.value_ranges + pos, head.capacity,
               [&](int64_t group, const int32_t* codes) {
                 const int64_t bytes = kKvGroup * kv_bits(shape.values) / 8;
