@@ -132,9 +132,7 @@ def test_passes_of_any_length_give_the_same_bits(exact: Model, kv: str) -> None:
     whole = exact.forward(LONG, exact.new_cache(len(LONG), kv), "all")
     for size in (37, 64, 300):
         cache = exact.new_cache(len(LONG), kv)
-        parts = [
-            exact.forward(LONG[i : i + size], cache, "all") for i in range(0, len(LONG), size)
-        ]
+        parts = [exact.forward(LONG[i : i + size], cache, "all") for i in range(0, len(LONG), size)]
         np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
