@@ -11,12 +11,13 @@ Luts::Luts(Tables tables, int64_t max_regions, int64_t max_tokens)
       multipliers_(max_tokens * max_regions * kRegionHalves * kMultiplierWords),
       half_unit_(max_tokens * max_regions),
       chunk_sum_(max_tokens * max_regions * kRegionChunks),
+      half_sum_(max_tokens * max_regions * kRegionHalves),
       region_sum_(max_tokens * max_regions),
       token_unit_(max_tokens) {}
 
 LutView Luts::view(int64_t token, int64_t first_region) {
-  const LutView all{entries_.data(),   multipliers_.data(), half_unit_.data(),
-                    chunk_sum_.data(), region_sum_.data(),  &token_unit(token)};
+  const LutView all{entries_.data(),  multipliers_.data(), half_unit_.data(),  chunk_sum_.data(),
+                    half_sum_.data(), region_sum_.data(),  &token_unit(token)};
   return all.from_region(token * max_regions_ + first_region, parts_);
 }
 

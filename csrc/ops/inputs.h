@@ -34,6 +34,7 @@ class Luts {
   AlignedBuffer<uint32_t> multipliers_;
   AlignedBuffer<float> half_unit_;
   AlignedBuffer<float> chunk_sum_;
+  AlignedBuffer<float> half_sum_;
   AlignedBuffer<float> region_sum_;
   AlignedBuffer<float> token_unit_;  // [max_tokens]
 };
