@@ -311,9 +311,8 @@ struct TileProduct {
       const auto flush = [&](const auto& finish) {
         repeat<kTokens>([&](auto t) {
           const F unit = S::set(luts[t].half_unit[region]);
-          repeat<kVectors>([&](auto i) {
-            finish(t, i, S::fma(S::to_float(rows[t][i]), unit, before[t][i]));
-          });
+          repeat<kVectors>(
+              [&](auto i) { finish(t, i, S::fma(S::to_float(rows[t][i]), unit, before[t][i])); });
         });
       };
       if (scales == nullptr) {
