@@ -174,7 +174,7 @@ void Decoder::Pass::attend_piece(int64_t layer, const Piece& p, float* states) {
 void Decoder::Pass::attend(int64_t layer, const InputPlan& o_plan) {
   const LayerWeights& w = weights.layers[static_cast<size_t>(layer)];
   const bool build_now = w.attn_sub_norm == nullptr && a.inputs.builds_early(o_plan, n) &&
-                         head_dim % weights_at_once(n) == 0;
+                         head_dim % o_plan.weights_at_once(n) == 0;
   const int64_t states_size = kMostQueries * a.attention.shape.state_floats();
   float* states = a.attention.states.data() + team.thread() * 2 * states_size;
   const int64_t pieces = static_cast<int64_t>(runs.size() - 1) * chunks();
