@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 
 SHELLS = ("bash", "zsh", "fish")
 
-_FILES = ("MODEL", "FILE", "SOURCE", "OUT.lut", "OTHER", ("A.json", "B.json"))
+_FILES = ("MODEL", "FILE", "SOURCE", "OUT.lut", "OTHER")
 _FOLDERS = ("FOLDER", "DIR")
 """What options call a file and a folder in their help."""
 
