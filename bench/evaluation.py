@@ -107,7 +107,7 @@ def main() -> None:
                 path = folder / f"{args.method}-{bits}-{group}.lut"
                 if not path.exists():
                     options = {"quant": args.method, "bits": bits, "group_size": group}
-                    convert(source, path, **options, asym=True)
+                    convert(source, path, **options, head_bits=8, asym=True)
                 for name in args.runs:
                     tables, batch = RUNS[name]
                     cells = f"{bits} | {group} | {bits_per_weight(path):.2f} | {name}"

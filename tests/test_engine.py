@@ -11,11 +11,12 @@ import pytest
 
 import tiny_model as tiny
 from tmac_py.errors import ContextError, OptionError, TmacError
+from tmac_py.generate import Step
 from tmac_py.model import Model
 from tmac_py.sampling import Logits, Sampler, SamplingParams
 from tmac_py.server.engine import Engine
 from tmac_py.server.fair_queue import FairQueue
-from tmac_py.server.jobs import BusyError, CancelledError, Job, Request, Step
+from tmac_py.server.jobs import BusyError, CancelledError, Job, Request
 
 N_CTX = 400
 
