@@ -31,13 +31,16 @@ def text_that_repeats() -> np.ndarray:
     return np.tile(prompt(5, 12), 6)
 
 
+@pytest.mark.parametrize("kv", ["f16", "int8/int4"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_guesses_for_a_client_alone_change_no_answer(model: Model, temperature: float) -> None:
+def test_guesses_for_a_client_alone_change_no_answer(
+    model: Model, temperature: float, kv: str
+) -> None:
     texts = (text_that_repeats(), prompt(8, 5))
     plain = [[], []]
     passes = []
     for guess in (False, True):
-        engine = Engine(model, parallel=1, guess=guess)
+        engine = Engine(model, parallel=1, guess=guess, kv=kv)
         clients = [
             Client(engine, request(text, 60, temperature=temperature, seed=3, top_logprobs=2))
             for text in texts
@@ -88,6 +91,24 @@ def test_a_slot_at_work_lends_the_beginning_of_a_prompt(model: Model) -> None:
         assert first.ids == [s.token.id for s in alone(model, request(shared, 60))[0]]
         if reuse != "any":
             assert [s.token.logprob for s in second.steps] == [s.token.logprob for s in expected]
+
+
+def test_a_cache_of_codes_lends_what_it_can(model: Model) -> None:
+    """Whole blocks of 64 of what is older than the newest 256 tokens; the same bits as alone."""
+    shared = prompt(1, 370)
+    for n in (365, 150, 70):
+        longer = np.concatenate([shared[:n], prompt(2, 9)])
+        engine = Engine(model, parallel=1, kv="int4")
+        expected = Client(engine, request(longer, 10, reuse="same bits"))
+        drive(engine)
+        engine = Engine(model, parallel=2, kv="int4")
+        first = Client(engine, request(shared, 20))
+        while not first.steps:
+            engine.step()
+        second = Client(engine, request(longer, 10, reuse="same bits"))
+        drive(engine)
+        assert second.steps[0].token.timings.n_cached == n // 64 * 64
+        assert [s.token.logprob for s in second.steps] == [s.token.logprob for s in expected.steps]
 
 
 @pytest.mark.parametrize("reuse", ["any", "same bits"])

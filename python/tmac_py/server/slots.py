@@ -81,7 +81,7 @@ class Slot:
 
     def take(self, job: Job, used: int, leader: Leader | None = None) -> None:
         """Begin with ``job``: forget what does not belong to its prompt."""
-        self.rewind(self.known(job.request))
+        self._take_over(self.known(job.request), job.request)
         job.n_cached = len(self.held)
         self.job, self.used, self.leader = job, used, leader
 
@@ -100,8 +100,8 @@ class Slot:
             except (MemoryError, RuntimeError):  # no room for a copy: it is computed again
                 return True
             self.held, self._whole = list(leader.slot.held), leader.slot._whole
-            self.rewind(known)
-            job.n_cached = known
+            self._take_over(known, job.request)
+            job.n_cached = len(self.held)
         return True
 
     def grow(self, ids: Ids) -> None:
@@ -111,10 +111,17 @@ class Slot:
         self.held.extend(ids.tolist())
 
     def rewind(self, n: int) -> None:
-        """Forget the tokens from ``n`` on."""
+        """Forget the tokens from ``n`` on, and with caches of codes maybe some before."""
         self.cache.truncate(n)
+        n = self.cache.pos
         del self.held[n:]
         self._whole = self._in_whole_chunks(n)
+
+    def _take_over(self, known: int, request: Request) -> None:
+        """Keep so many tokens, or as many fewer as the cache and ``request.reuse`` make it."""
+        self.rewind(known)
+        while request.reuse != "any" and len(self.held) > self._whole:
+            self.rewind(self._whole)
 
     def _in_whole_chunks(self, n: int) -> int:
         """Of the first ``n`` tokens those in chunks as a prompt from its beginning has them."""
