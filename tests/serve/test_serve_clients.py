@@ -12,6 +12,7 @@ import openai
 
 from serving import NO_END, chat_answer, metric, openai_client, running, send, stalled, wait_for
 from tmac_py.model import Model
+from tmac_py.server.openai_requests import RequestReader
 
 
 def test_many_clients_get_what_each_gets_alone(port: int, model: Model) -> None:
@@ -112,3 +113,14 @@ def test_a_full_queue(model: Model) -> None:
         while engine.step():
             pass
         assert waiting.result(30)[0] == 200
+
+
+def test_those_who_wait_are_told_apart_by_address_and_user(model: Model) -> None:
+    reader = RequestReader(model)
+    clients = [
+        reader.completion({"prompt": "x", **user}, address).requests[0].client
+        for address in ("10.0.0.1", "10.0.0.2")
+        for user in ({}, {"user": "a"}, {"user": "b"}, {"user": "a"})
+    ]
+    assert len(set(clients)) == 6
+    assert clients[1] == clients[3]

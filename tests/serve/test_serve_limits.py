@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import subprocess
@@ -13,7 +14,16 @@ import pytest
 
 from serving import NO_END, openai_client, running, send, stalled
 from tmac_py.cli.main import serve as tmac_serve
+from tmac_py.cli.serve import add_arguments
 from tmac_py.model import Model
+from tmac_py.server.run import is_loopback
+
+
+def test_it_listens_to_this_machine_only_unless_told_otherwise() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert is_loopback(parser.parse_args([]).host)
+    assert not is_loopback("0.0.0.0")
 
 
 def test_pages_that_go_by_another_name_are_refused(port: int) -> None:
