@@ -217,7 +217,7 @@ def test_a_report_has_the_machine_and_the_rows(
     assert {"machine", "CPU", "cores", "instruction sets", "memory", "governor"} <= facts.keys()
     assert {"highest clock", "power", "system", "tmac_py", "Python"} <= facts.keys()
     assert facts["instruction sets"].endswith(f"used: {_core.active_isa()}")
-    bandwidths = r"[0-9.]+ GB/s with 1 threads, [0-9.]+ GB/s with 2 threads"
+    bandwidths = r"[0-9.]+ GB/s with 1 thread, [0-9.]+ GB/s with 2 threads"
     assert re.fullmatch(bandwidths, facts["read bandwidth"])
     assert facts["energy"] == "n/a: no sensor here"
     assert {"temperature", "throttling", "other load"} <= facts.keys()

@@ -74,7 +74,7 @@ def test_bits_of_a_synthetic_shape(
     lines = out.splitlines()
     start = lines.index("tg1, tokens/s; | = limit by read bandwidth")
     assert [line.split()[0] for line in lines[start + 1 : start + 3]] == ["1", "3"]
-    title = f"bits of the weights; smollm2-135m/1, {_core.active_isa()}, 1 threads, "
+    title = f"bits of the weights; smollm2-135m/1, {_core.active_isa()}, 1 thread, "
     assert any(line.startswith(title) for line in lines)
     assert list(tmp_path.iterdir()) == []
 

@@ -25,7 +25,7 @@ ISAS = [row["name"] for row in _core.isas() if row["usable"]]
 
 LOGIT_ERROR = 0.035
 """How far our logits with exact tables may be from fp32 ones: activations have 14 bits, keys and
-values 11."""
+values 11. Of 1040 compared here two are off by more than 0.023; the root mean square is 0.006."""
 
 CLOSE_CALL = 0.06
 """Where a reference's two best logits are nearer than this, either may win: nearly twice the

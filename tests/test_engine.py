@@ -320,6 +320,29 @@ def test_a_request_repeats_its_bits_whatever_the_slots_hold(model: Model, reuse:
     assert set(found) == ({0} if reuse == "none" else {0, 64, 128})
 
 
+@pytest.mark.parametrize(
+    ("chunk", "reuse", "n_cached"), [(64, "same bits", 64), (48, "same bits", 0), (64, "any", 64)]
+)
+def test_a_cache_of_codes_forgets_more_than_it_was_asked_to(
+    model: Model, chunk: int, reuse: str, n_cached: int
+) -> None:
+    """The block that a long text's beginning ends in is computed again."""
+    text = prompt(1, 100)
+    answers = []
+    for first in (None, np.concatenate([text[:99], prompt(2, 280)])):
+        engine = Engine(model, parallel=1, kv="int4", chunk=chunk)
+        if first is not None:
+            Client(engine, request(first, 2))
+            drive(engine)
+        client = Client(engine, request(text, 20, reuse=reuse))
+        drive(engine)
+        answers.append(client.steps)
+    fresh, again = answers
+    assert again[-1].token.timings.n_cached == n_cached
+    if reuse == "same bits":
+        assert [s.token.logprob for s in again] == [s.token.logprob for s in fresh]
+
+
 def test_what_cannot_run_is_refused(model: Model) -> None:
     engine = Engine(model, parallel=1, n_ctx=20, max_queue=1)
     with pytest.raises(ContextError, match="the prompt has 20 tokens, the context holds 20"):

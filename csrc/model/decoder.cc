@@ -182,6 +182,16 @@ std::vector<Token> Decoder::check_batch(const std::vector<Sequence>& batch) cons
   return tokens;
 }
 
+// At most `end`.
+int64_t Decoder::end_of_pass(const std::vector<Token>& tokens, int64_t first, int64_t end) {
+  const auto at = [&](int64_t t) -> const Token& { return tokens[static_cast<size_t>(t)]; };
+  for (int64_t t = first, begin = first; t < end; ++t) {
+    if (at(t).cache != at(begin).cache) begin = t;
+    if (at(t).pos >= at(t).cache->end_of_pass(at(begin).pos)) return t;
+  }
+  return end;
+}
+
 void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool, float* logits,
                       StepTimes* times) {
   kernels();  // throws, if it must, before the threads set out
@@ -210,8 +220,8 @@ void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& 
       std::min(n, all || batch.size() > 1 ? tokens_at_once_with_head_ : tokens_at_once_);
   std::unique_ptr<Activations> activations = take_activations(at_once, pool.threads(), longest);
   size_t output = 0;
-  for (int64_t first = 0; first < n; first += at_once) {
-    const int64_t end = std::min(first + at_once, n);
+  for (int64_t first = 0, end = 0; first < n; first = end) {
+    end = end_of_pass(tokens, first, std::min(first + at_once, n));
     const size_t here = output;
     while (output < outputs.size() && outputs[output] < end) ++output;
     const auto count = static_cast<int64_t>(output - here);

@@ -318,6 +318,8 @@ class _Run:
         """Seconds until the prompt is done, and until all is."""
         model, workload, cache, ids = self._model, self._workload, self._cache, self._ids
         cache.truncate(workload.depth)
+        if cache.pos < workload.depth:
+            prefill(model.forward, cache, ids[cache.pos : workload.depth])
         prompt_end = workload.depth + workload.n_prompt
         started = perf_counter()
         if workload.n_prompt:

@@ -152,8 +152,8 @@ class Model(CompletionMethods):
 
         Args:
             n_ctx: tokens.
-            kv: how keys and values are stored: "f16", "int8" (half the memory), "int4" (a quarter),
-                or keys and values apart, as in "int8/int4".
+            kv: how keys and values are stored: "f16", "int8" (0.6 of that memory), "int4" (a
+                third), or keys and values apart, as in "int8/int4".
 
         Raises:
             ContextError: ``n_ctx`` is more than the model allows, or there is not enough memory.

@@ -90,11 +90,14 @@ class Session:
         return Result(list(self.stream(prompt, **options)), seed)
 
     def truncate(self, n: int) -> None:
-        """Forget all but the first ``n`` tokens. OptionError if there are fewer."""
+        """Forget all but the first ``n`` tokens. OptionError if there are fewer.
+
+        In int8 and int4 some of those may be forgotten too, less than 64: ``ids`` are the rest.
+        """
         check_whole("n", n, 0, len(self._ids))
         with self._alone():
             self._cache.truncate(n)
-            del self._ids[n:]
+            del self._ids[self._cache.pos :]
 
     def fork(self) -> Session:
         """Another session that holds the same; both go on for themselves."""
@@ -151,8 +154,8 @@ class Session:
     def _stream(self, plan: Plan, drafter: Drafter | None) -> Generator[Token, None, None]:
         with self._alone():
             prompt = plan.prompt
-            known = self._known(prompt)
-            self._cache.truncate(known)
+            self._cache.truncate(self._known(prompt))
+            known = self._cache.pos
             del self._ids[known:]
             text: list[int] = prompt.tolist()
             tokens = stream_tokens(

@@ -85,9 +85,10 @@ def _print_profiles(
 
 def _profile_text(title: str, setting: Setting, seconds: dict[str, float]) -> str:
     """What the parts of a step take, below a line for all of it."""
+    from tmac_py.cli.bench_output import format_threads
     from tmac_py.cli.tables import format_table
 
     whole = sum(seconds.values())
     rows = [(part, f"{own * 1e6:.0f}", f"{own / whole:.1%}") for part, own in seconds.items()]
     table = format_table([("part", "us", "share"), *rows], right="lrr")
-    return f"{title}, {setting.threads} threads: {whole * 1e3:.2f} ms a token\n\n{table}"
+    return f"{title}, {format_threads(setting.threads)}: {whole * 1e3:.2f} ms a token\n\n{table}"

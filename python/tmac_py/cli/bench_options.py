@@ -146,9 +146,9 @@ def _add_modes(group: argparse._ArgumentGroup) -> None:
         "--compare",
         nargs=2,
         type=Path,
-        metavar=("A.json", "B.json"),
-        help="compare two results of -o json (or jsonl) instead of measuring; exit status 1 if B "
-        "is slower than A somewhere by more than the noise",
+        metavar="FILE",
+        help="compare two results of -o json (or jsonl) instead of measuring; exit status 1 if the "
+        "second is slower somewhere by more than the noise",
     )
     modes.add_argument(
         "--report",

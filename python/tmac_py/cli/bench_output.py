@@ -140,6 +140,11 @@ def format_size(nbytes: int | None) -> str:
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
 
 
+def format_threads(number: int) -> str:
+    """ "1 thread", "2 threads"."""
+    return f"{number} thread{'s' * (number != 1)}"
+
+
 def _rate(row: Row) -> str:
     rate = row["weight_bytes_per_second"]
     return "" if rate is None else f"{rate / 1e9:.1f}"

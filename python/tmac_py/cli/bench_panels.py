@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tmac_py.cli.bench_output import format_threads
 from tmac_py.cli.bench_rows import Row
 
 AXIS_LABELS = {"threads": "threads", "bits": "bits of the weights", "isa": "instruction set"}
@@ -67,7 +68,7 @@ def subtitle(axis: str, rows: Sequence[Row]) -> str:
     parts = {
         "model": [label for label, _ in _places(axis, rows)],
         "isa": [row["isa"] for row in rows],
-        "threads": [f"{row['n_threads']} threads" for row in rows],
+        "threads": [format_threads(row["n_threads"]) for row in rows],
         "cpu": [row["cpu_info"] for row in rows],
     }
     same = [texts[0] for texts in parts.values() if texts[0] and len(set(texts)) == 1]

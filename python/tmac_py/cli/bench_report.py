@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tmac_py.cli.bench_output import MarkdownWriter, format_size, setting_columns
+from tmac_py.cli.bench_output import MarkdownWriter, format_size, format_threads, setting_columns
 from tmac_py.cli.bench_rows import Row, measure_rows
 
 if TYPE_CHECKING:
@@ -106,6 +106,6 @@ def _bandwidths(rows: Sequence[Row]) -> str:
     for row in rows:
         found.setdefault(row["n_threads"], []).append(row["read_bytes_per_second"] / 1e9)
     return ", ".join(
-        f"{statistics.median(rates):.1f} GB/s with {threads} threads"
+        f"{statistics.median(rates):.1f} GB/s with {format_threads(threads)}"
         for threads, rates in found.items()
     )
