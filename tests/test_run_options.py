@@ -108,6 +108,27 @@ def test_guesses_change_no_text(run: Run, ask: Ask, lut: str, tmp_path: Path) ->
     assert (status, "no such file" in err) == (2, True)
 
 
+def test_forms_of_an_answer(run: Run, ask: Ask, lut: str, tmp_path: Path) -> None:
+    assert ask("--regex", "(ab|ba){2}")["text"] in ("abab", "abba", "baab", "baba")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": [7]}')
+    assert json.loads(ask("-jf", schema)["text"]) == 7
+    assert json.loads(ask("--json-schema", '{"enum": [7]}')["text"]) == 7
+    grammar = tmp_path / "grammar.lark"
+    grammar.write_text('start: "a" | "b"')
+    assert ask("--grammar-file", grammar)["text"] in ("a", "b")
+    for options, named in (
+        (("-j", "{"), "json_schema is not JSON"),
+        (("--regex", "("), "regex"),
+        (("-jf", tmp_path / "none"), "none"),
+        (("-j", "{}", "--regex", "a"), "not allowed with"),
+    ):
+        status, out, err = run(lut, "-p", "the", *options)
+        assert (status, out) == (2, "")
+        assert named in err
+        assert err.count("\n") == 1
+
+
 def test_templates_of_ones_own(run: Run, ask: Ask, lut: str, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{{ word }} {{ messages[0].content }}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tmac_py.cancelling import CancelledStep, cancellable, check_cancelled
 from tmac_py.checks import check_whole
-from tmac_py.decoding import Logits, prefill
+from tmac_py.decoding import SAME_BITS, Logits, prefill
 from tmac_py.generate import AnswerText, Result, Timings, Token
 from tmac_py.plans import Plan, fix_seed, make_plan, needed_context
 
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from tmac_py import _core
     from tmac_py.model import Model
     from tmac_py.options import AnswerOptions
-
-SAME_BITS = 16
-"""Ids in one pass that get the bits each would get alone (``Model.forward_batch``)."""
 
 
 def generate_batch(

@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from tmac_py.batch import SAME_BITS, generate_batch
+from tmac_py.batch import generate_batch
+from tmac_py.decoding import SAME_BITS
 from tmac_py.errors import OptionError
 from tmac_py.generate import Result, Token
 from tmac_py.plans import fix_seed, needed_context

@@ -29,7 +29,7 @@ def execute(args: argparse.Namespace) -> int:
     _check_combinations(args)
     chatting = args.chat or (_on_terminal(args) and not args.json)
     prompt = None if chatting and args.prompt is args.file is None else _read_prompt(args)
-    sampling = _sampling_options(args)
+    sampling = {**_sampling_options(args), **_form_options(args)}
     _check_prompt_cache(args)
     template = None
     if args.chat_template_file is not None:
@@ -202,6 +202,20 @@ def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     }
     given = {name: value for name, value in options.items() if value is not None}
     SamplingParams(**given)
+    return given
+
+
+def _form_options(args: argparse.Namespace) -> dict[str, str]:
+    """The form of the answer, checked as far as it can be without the model."""
+    texts = {"json_schema": args.json_schema, "regex": args.regex, "grammar": args.grammar}
+    for name, path in (("json_schema", args.json_schema_file), ("grammar", args.grammar_file)):
+        if path is not None:
+            texts[name] = decode_text(Path(path).read_bytes(), path)
+    given = {name: text for name, text in texts.items() if text is not None}
+    if given:
+        from tmac_py.constraints import read_form
+
+        read_form(given)
     return given
 
 

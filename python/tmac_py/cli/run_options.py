@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_arguments(parser)
     _add_prompt_arguments(parser)
     _add_generation_arguments(parser)
+    _add_form_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json",
@@ -234,6 +235,18 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="end the answer before this text; may be given several times",
     )
+
+
+def _add_form_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("form of the answer (needs tmac_py[grammar])")
+    form = group.add_mutually_exclusive_group()
+    form.add_argument("-j", "--json-schema", metavar="JSON", help="JSON of this schema; {} = any")
+    form.add_argument("-jf", "--json-schema-file", metavar="FILE", help="the schema is in FILE")
+    form.add_argument(
+        "--regex", metavar="REGEX", help="a text that matches as a whole, in Rust's syntax"
+    )
+    form.add_argument("--grammar", metavar="LARK", help="a text of this Lark grammar")
+    form.add_argument("--grammar-file", metavar="FILE", help="the grammar is in FILE")
 
 
 def _logit_bias(text: str) -> tuple[int, float]:
