@@ -23,7 +23,7 @@ from tmac_py.errors import (
 
 if TYPE_CHECKING:
     from tmac_py.generate import Result, Token
-    from tmac_py.linear import LutLinear
+    from tmac_py.linear import LutLinear, mpgemm, quantize
     from tmac_py.model import Model
     from tmac_py.quant import QuantTensor
 
@@ -42,6 +42,8 @@ __all__ = [
     "Token",
     "UnsupportedError",
     "__version__",
+    "mpgemm",
+    "quantize",
 ]
 
 _HOMES = {
@@ -51,6 +53,8 @@ _HOMES = {
     "Result": "tmac_py.generate",
     "Token": "tmac_py.generate",
     "__version__": "tmac_py._core",
+    "mpgemm": "tmac_py.linear",
+    "quantize": "tmac_py.linear",
 }
 
 
