@@ -131,7 +131,7 @@ def test_nothing_is_replaced_if_one_cannot_be() -> None:
     with pytest.raises(OptionError, match="not finite"):
         replace_linears(module)
     assert all(type(child) is nn.Linear for child in module)
-    with pytest.raises(OptionError, match="module is an nn.Linear"):
+    with pytest.raises(OptionError, match=r"module is an nn\.Linear"):
         replace_linears(module[0])
 
 

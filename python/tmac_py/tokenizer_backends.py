@@ -11,12 +11,12 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cache, cached_property
-from typing import Any, Protocol
-
-import sentencepiece
-import tokenizers
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tmac_py.errors import ModelFileError, UnsupportedError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _SPACE_MARK = "\u2581"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -80,6 +80,8 @@ class _JsonBackend:
         )
 
     def _load(self) -> tokenizers.Tokenizer:
+        import tokenizers
+
         try:
             tokenizer = tokenizers.Tokenizer.from_buffer(self._data)
         except ValueError as error:
@@ -139,6 +141,8 @@ class _SentencePieceBackend:
     """
 
     def __init__(self, data: bytes, *, added: dict[str, int], legacy: bool) -> None:
+        import sentencepiece
+
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
             self._unprefixed = sentencepiece.SentencePieceProcessor(
