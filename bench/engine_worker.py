@@ -1,14 +1,13 @@
 """One engine in a process of its own: loads a model once, then times samples on command.
 
-Started by compare_llama_cpp.py. Commands and answers are lines of JSON on standard input and
-output; between commands the process sleeps.
+Started by models.py with the interpreter of an environment that has the engine, and NumPy. Commands
+and answers are lines of JSON on standard input and output; between commands the process sleeps.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+Tables = Literal["int8", "exact", "exact8"]
 
 
 class Engine(Protocol):
@@ -33,14 +34,12 @@ class Engine(Protocol):
 class TmacEngine:
     """tmac_py, on the interface below sampling."""
 
-    def __init__(
-        self, path: str, *, threads: int, n_ctx: int, tables: Literal["int8", "exact"]
-    ) -> None:
+    def __init__(self, path: str, *, threads: int, n_ctx: int, tables: Tables | None) -> None:
         from tmac_py import Model, _core
 
         self._model = Model.load(path, threads=threads, tables=tables)
         self._cache = self._model.new_cache(n_ctx)
-        self.facts = {"version": _core.__version__, "isa": _core.active_isa(), "tables": tables}
+        self.facts = {"version": _core.__version__, "tables": self._model.tables}
 
     def clear(self) -> None:
         self._cache.truncate(0)
@@ -64,8 +63,7 @@ class LlamaEngine:
             flash_attn=True,
             verbose=False,
         )
-        features = re.findall(r"(\w+) = 1\b", llama_cpp.llama_print_system_info().decode())
-        self.facts = {"version": llama_cpp.__version__, "features": features}
+        self.facts = {"version": llama_cpp.__version__}
 
     def clear(self) -> None:
         self._llama.reset()
@@ -74,6 +72,53 @@ class LlamaEngine:
         self._llama.eval(ids)
         logits = self._api.llama_get_logits_ith(self._llama.ctx, -1)  # waits for the result
         return np.ctypeslib.as_array(logits, shape=(self._llama.n_vocab(),))
+
+
+class IkEngine:
+    """ik_llama.cpp as ik-llama-cpp-python builds it; with flash attention where it trusts it."""
+
+    def __init__(self, path: str, *, threads: int, n_ctx: int, repacked: bool) -> None:
+        from importlib.metadata import version
+
+        from ik_llama_cpp import IkLlama, _ctypes_api, _internals
+
+        load = _ctypes_api.llama_model_default_params
+
+        def parameters() -> Any:
+            chosen = load()
+            chosen.repack_tensors = repacked
+            return chosen
+
+        _ctypes_api.llama_model_default_params = parameters
+        self._make = _internals.make_batch_range
+        self._free = _ctypes_api.llama_batch_free
+        self._llama = IkLlama(path, n_ctx=n_ctx, n_threads=threads, use_mmap=not repacked)
+        self._pos = 0
+        self.facts = {"version": version("ik-llama-cpp-python")}
+
+    def clear(self) -> None:
+        self._llama._context.kv_cache_clear()
+        self._pos = 0
+
+    def step(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        context = self._llama._context
+        for start in range(0, len(ids), context._n_ubatch):
+            chunk = list(ids[start : start + context._n_ubatch])
+            last = start + len(chunk) == len(ids)
+            batch = self._make(chunk, pos_start=self._pos, logits_last=last)
+            status = context.decode(batch)
+            self._free(batch)
+            if status != 0:
+                raise RuntimeError(f"llama_decode ended with status {status}")
+            self._pos += len(chunk)
+        return np.ctypeslib.as_array(context.get_logits(-1), shape=(self._llama._model.n_vocab,))
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {
+    "tmac_py": TmacEngine,
+    "llama_cpp": LlamaEngine,
+    "ik_llama_cpp": IkEngine,
+}
 
 
 def decode(engine: Engine, prompt: Sequence[int], n_tokens: int) -> dict[str, Any]:
@@ -118,11 +163,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the engines print does not mix with the answers
     options = json.loads(sys.argv[1])
-    engine: Engine
-    if options.pop("engine") == "tmac_py":
-        engine = TmacEngine(**options)
-    else:
-        engine = LlamaEngine(**options)
+    engine = ENGINES[options.pop("engine")](**options)
     print(json.dumps(engine.facts), file=answers)
     for line in sys.stdin:
         command = json.loads(line)

@@ -1,8 +1,8 @@
 """libggml in a process of its own: holds copies of one matrix in several types and times products.
 
-Started by kernels.py with the interpreter of an environment that has llama-cpp-python or
-ik-llama-cpp-python; needs NumPy besides. Commands and answers are lines of JSON on standard input
-and output; between commands the process sleeps.
+Started by kernels.py and models.py with the interpreter of an environment that has
+llama-cpp-python or ik-llama-cpp-python; needs NumPy besides. Commands and answers are lines of JSON
+on standard input and output; between commands the process sleeps.
 """
 
 from __future__ import annotations
@@ -207,6 +207,16 @@ class Server:
     def time(self, *, key: str, **options: Any) -> dict[str, Any]:
         return {"seconds": self._loaded[key].time(**options)}
 
+    def quantize(self, *, type_name: str, k: int, path: str) -> dict[str, Any]:
+        """Random rows of a type, written to a .npy file [rows, bytes of a row]."""
+        type_id = TYPE_IDS[self._ggml.package][type_name]
+        if not self._ggml.has_type(type_name, type_id):
+            return _missing("not in this library")
+        if k % self._ggml.call("ggml_blck_size", type_id):
+            return _missing(f"k = {k} is no multiple of its blocks")
+        np.save(path, self._ggml.quantize(type_id, _weights(type_name, DISTINCT_ROWS, k)))
+        return {}
+
     def unload(self) -> dict[str, Any]:
         for matrices in self._loaded.values():
             matrices.free()
@@ -243,6 +253,7 @@ def main() -> None:
     commands: dict[str, Callable[..., dict[str, Any]]] = {
         "load": server.load,
         "time": server.time,
+        "quantize": server.quantize,
         "unload": server.unload,
     }
     print(json.dumps(server.facts), file=answers)

@@ -124,7 +124,7 @@ def case_options(case: str, method: str) -> dict[str, Any] | None:
         options["act_order"] = True
     if bits.startswith("bpw"):
         return {**options, "target_bpw": float(bits.removeprefix("bpw"))}
-    return {**options, "bits": int(bits)}
+    return {**options, "bits": int(bits), "head_bits": 8}
 
 
 def dense_logits(checkpoint: Checkpoint, ids: NDArray[np.int32]) -> Floats:

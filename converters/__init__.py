@@ -13,6 +13,7 @@ from tmac_py.converters.conversion import Progress, convert_checkpoint, needs_ca
 from tmac_py.converters.hub import SCHEME, fetch, parse_id
 from tmac_py.converters.lora import merge_lora
 from tmac_py.converters.options import QuantOptions
+from tmac_py.converters.stored_heads import requantize_heads
 from tmac_py.converters.verification import verify_checkpoint
 from tmac_py.errors import ModelFileError, UnsupportedError
 
@@ -83,12 +84,13 @@ def convert(
     """Convert a GGUF file, a Hugging Face folder or one on the hub to a .lut file at ``out``.
 
     The options are for matrices stored as floats (None: the defaults of QuantOptions); a source
-    without such matrices refuses them. ``requantize`` dequantises matrices in types whose codes a
-    .lut cannot keep and quantises them like floats; without it they are refused. ``lora`` is the
-    folder of a peft adapter to merge into matrices stored as floats. Memory is bounded by about one
-    tensor, or by one layer and the activations of the calibration text; ``out`` appears whole or
-    not at all; equal sources and options give equal bytes (calibrated ones on equal machines: BLAS
-    sums as the CPU likes it).
+    without such matrices refuses them. ``head_bits``, if it is given, is for embedding and lm_head
+    that are stored as codes of more bits too. ``requantize`` dequantises matrices in types whose
+    codes a .lut cannot keep and quantises them like floats; without it they are refused. ``lora``
+    is the folder of a peft adapter to merge into matrices stored as floats. Memory is bounded by
+    about one tensor, or by one layer and the activations of the calibration text; ``out`` appears
+    whole or not at all; equal sources and options give equal bytes (calibrated ones on equal
+    machines: BLAS sums as the CPU likes it).
     ``verify`` writes nothing: it converts once more and compares the ``out`` that is there.
     ``warn`` gets what is worth knowing.
 
@@ -117,6 +119,9 @@ def convert(
     if lora is not None:
         checkpoint = merge_lora(checkpoint, Path(lora))
     check_codebooks(source, checkpoint, requantize=requantize)
+    if head_bits is not None:
+        with naming(where):
+            checkpoint = requantize_heads(checkpoint, head_bits)
     _refuse_idle(source, checkpoint, options, list(given))
     if warn is not None:
         for text in checkpoint.warnings:

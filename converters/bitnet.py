@@ -21,7 +21,7 @@ from tmac_py.converters.safetensors_file import StoredTensor
 from tmac_py.converters.weight_format import DENSE, FLOATS, Expected, FormatOf, Parts, WeightFormat
 from tmac_py.errors import UnsupportedError
 from tmac_py.parallel import map_threads
-from tmac_py.quant import QuantTensor, quantize_ternary, row_chunks, ternary_tensor
+from tmac_py.quant import MatrixLike, QuantTensor, quantize_ternary, row_chunks, ternary_tensor
 
 _NAME = re.compile(r"[\w.]+")
 _PER_BYTE = 4
@@ -155,6 +155,26 @@ class Master:
     def load(self, _shape: Shape, parts: Parts) -> QuantTensor:
         """See WeightFormat."""
         return quantize_ternary(FloatMatrix(parts["weight"].load()))
+
+
+def exact_ternary(matrix: MatrixLike) -> QuantTensor:
+    """Floats ``[m, k]`` -s, 0 and s. Raises ValueError for others."""
+    m, k = matrix.shape
+    chunks = list(row_chunks(m, k, _CHUNK_ELEMENTS))
+    scale = max(map_threads(lambda rows: np.float32(np.abs(matrix[rows]).max()), chunks))
+    if not np.isfinite(scale):
+        raise ValueError("weights are not finite")
+    codes = np.empty((m, k), np.uint8)
+
+    def encode(rows: slice) -> None:
+        w = matrix[rows]
+        signs = np.sign(w)
+        if not np.array_equal(signs * scale, w):
+            raise ValueError("weights of a BitNet model must be -s, 0 and s for one s")
+        codes[rows] = signs + 1
+
+    map_threads(encode, chunks)
+    return ternary_tensor(codes, float(scale))
 
 
 UNPACKED = Unpacked()

@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmac_py.config import ModelConfig, is_matrix
+from tmac_py.converters.bitnet import exact_ternary
 from tmac_py.converters.checkpoint import (
+    HEADS,
     NO_TOKENIZER,
     Checkpoint,
     FloatMatrix,
@@ -26,6 +28,8 @@ from tmac_py.converters.checkpoint import (
 )
 from tmac_py.converters.gguf_container import MAGIC, GGUFFile, GGUFTensor, Metadata
 from tmac_py.converters.gguf_families import ARCHITECTURES, Architecture
+from tmac_py.converters.gguf_rope import ROPE_TENSORS, rope_scaling, shortest
+from tmac_py.converters.gguf_stacked import experts_apart, projections_apart
 from tmac_py.converters.gguf_types import (
     BLOCK_TYPES,
     CODEBOOK_TYPES,
@@ -55,8 +59,6 @@ _NAMES = {
 """Parts of GGUF tensor names -> parts of Hugging Face names, for "llama"."""
 
 _OF_EXPERTS = ("ffn_gate", "ffn_up", "ffn_down")
-
-_ROPE_FACTORS = "rope_freqs.weight"
 
 _MATRIX_TYPES = (*FLOAT_TYPES, *BLOCK_TYPES, "I2_S", *CODEBOOK_TYPES)
 
@@ -101,14 +103,15 @@ def read(path: Path) -> Checkpoint:
             for stem in _OF_EXPERTS
         }
     gguf_names = {ours: theirs for theirs, ours in names.items()}
-    stored = _experts_apart(file.tensors) if architecture.has_experts else file.tensors
+    stored = experts_apart(file.tensors) if architecture.has_experts else file.tensors
     tensors = {
         _renamed(name, names, "model.layers."): tensor
         for name, tensor in stored.items()
-        if name != _ROPE_FACTORS
+        if name not in ROPE_TENSORS
     }
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     expected = config.tensor_shapes()
+    tensors = projections_apart(tensors, expected)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_tensors(path, shapes, expected, name_of=lambda name: _renamed(name, gguf_names, "blk."))
     _refuse_types(path, file.tensors)
     source = {"format": "gguf", "file": path.name}
@@ -125,11 +128,6 @@ def read(path: Path) -> Checkpoint:
 
 def _refuse_unsupported(path: Path, metadata: Metadata, tensors: dict[str, GGUFTensor]) -> None:
     architecture = metadata.get("general.architecture", str)
-    if architecture.startswith("bitnet"):
-        raise UnsupportedError(
-            f"{path}: architecture {architecture!r} cannot be run yet: it has norms before o_proj "
-            "and down_proj (attn_sub_norm, ffn_sub_norm)"
-        )
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UnsupportedError(f"{path}: architecture {architecture!r} is not supported ({known})")
@@ -184,7 +182,12 @@ def _config(metadata: Metadata, tensors: dict[str, GGUFTensor]) -> ModelConfig:
     if heads < 1:
         raise ModelFileError(f"metadata key {name}.attention.head_count is {heads}")
     head_dim = metadata.get(f"{name}.attention.key_length", int, hidden // heads)
-    for key in (f"{name}.attention.value_length", f"{name}.rope.dimension_count"):
+    architecture = ARCHITECTURES[name]
+    rotary_dim = metadata.get(f"{name}.rope.dimension_count", int, head_dim)
+    whole = ["attention.value_length"]
+    if not architecture.partly_turned:
+        whole.append("rope.dimension_count")
+    for key in (f"{name}.{part}" for part in whole):
         if metadata.get(key, int, head_dim) != head_dim:
             raise UnsupportedError(
                 f"metadata key {key} is {metadata.get(key, int)}: "
@@ -193,6 +196,7 @@ def _config(metadata: Metadata, tensors: dict[str, GGUFTensor]) -> ModelConfig:
     embedding = tensors.get("token_embd.weight")
     theta = metadata.get(f"{name}.rope.freq_base", float, 10000.0)
     context = metadata.get(f"{name}.context_length", int)
+    kinds = {tensor.kind for tensor in tensors.values()}
     return ModelConfig(
         hidden_size=hidden,
         intermediate_size=metadata.get(f"{name}.feed_forward_length", int),
@@ -203,80 +207,21 @@ def _config(metadata: Metadata, tensors: dict[str, GGUFTensor]) -> ModelConfig:
         vocab_size=(
             metadata.get(f"{name}.vocab_size", int) if embedding is None else embedding.shape[0]
         ),
-        rms_norm_eps=_short(metadata.get(f"{name}.attention.layer_norm_rms_epsilon", float)),
-        rope_theta=_short(theta),
-        rope_scaling=_rope_scaling(metadata, tensors, theta, head_dim, context),
+        rms_norm_eps=shortest(metadata.get(f"{name}.attention.layer_norm_rms_epsilon", float)),
+        rope_theta=shortest(theta),
+        rope_scaling=rope_scaling(metadata, tensors, theta, rotary_dim, context),
         max_position_embeddings=context,
         tie_word_embeddings="output.weight" not in tensors,
-        activation_bits=8 if any(t.kind == "I2_S" for t in tensors.values()) else None,
-        **ARCHITECTURES[name].fields(metadata),
+        partial_rotary_factor=_share(rotary_dim, head_dim),
+        activation_bits=8 if architecture.ternary or "I2_S" in kinds else None,
+        **architecture.fields(metadata),
     )
 
 
-def _short(value: float) -> float:
-    """The shortest decimal number that is the same float32: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
-
-
-def _rope_scaling(
-    metadata: Metadata,
-    tensors: dict[str, GGUFTensor],
-    theta: float,
-    head_dim: int,
-    context: int,
-) -> dict[str, Any] | None:
-    name = metadata.get("general.architecture", str)
-    kind = metadata.get(f"{name}.rope.scaling.type", str, "none")
-    factor = _short(metadata.get(f"{name}.rope.scaling.factor", float, 1.0))
-    if f"{name}.rope.scale_linear" in metadata:  # the key of the first GGUF files
-        kind, factor = "linear", _short(metadata.get(f"{name}.rope.scale_linear", float))
-    if _ROPE_FACTORS in tensors:
-        if kind not in ("none", "linear") or factor != 1.0:
-            raise UnsupportedError(f"{_ROPE_FACTORS} together with rope scaling {kind!r}")
-        return _factor_scaling(tensors[_ROPE_FACTORS], theta, head_dim)
-    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
-        return None
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
-    if kind != "yarn":
-        raise UnsupportedError(f"rope scaling {kind!r} is not supported (none, linear, yarn)")
-    original = metadata.get(f"{name}.rope.scaling.original_context_length", int, context)
-    scaling: dict[str, Any] = {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": original,
-    }
-    for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-        if (value := metadata.find(f"{name}.rope.scaling.{theirs}", float)) is not None:
-            scaling[ours] = _short(value)
-    attention = metadata.get(f"{name}.rope.scaling.attn_factor", float, 1.0)
-    if attention != 1.0:
-        scaling["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
-    return scaling
-
-
-def _factor_scaling(tensor: GGUFTensor, theta: float, head_dim: int) -> dict[str, Any]:
-    """The numbers each RoPE frequency is divided by, as Llama 3's formula where they follow it."""
-    if tensor.kind != "F32" or tensor.shape != (head_dim // 2,):
-        raise ModelFileError(
-            f"tensor {_ROPE_FACTORS} {tensor.kind}{list(tensor.shape)}: "
-            f"F32[{head_dim // 2}] is needed"
-        )
-    factors = _floats(tensor).astype(np.float64)
-    if not (np.isfinite(factors).all() and (factors > 0).all()):
-        raise ModelFileError(f"tensor {_ROPE_FACTORS} holds numbers that are not positive")
-    plain = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    low, high, original = 1.0, 4.0, 8192  # of every Llama 3 model
-    keep = np.clip((original * plain / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
-    if np.allclose(1 / factors, keep + (1 - keep) / factors.max(), rtol=1e-5):
-        return {
-            "rope_type": "llama3",
-            "factor": float(factors.max()),
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": original,
-        }
-    return {"rope_type": "factors", "factors": [float(factor) for factor in factors]}
+def _share(rotary_dim: int, head_dim: int) -> float:
+    """``partial_rotary_factor``; the product with ``head_dim`` is rounded down when it is used."""
+    share = rotary_dim / max(head_dim, 1)
+    return share if int(head_dim * share) == rotary_dim else math.nextafter(share, math.inf)
 
 
 def _renamed(name: str, names: Mapping[str, str], layers: str) -> str:
@@ -291,21 +236,6 @@ def _renamed(name: str, names: Mapping[str, str], layers: str) -> str:
     return f"{layer}{names[match[2]]}.{match[3]}"
 
 
-def _experts_apart(tensors: Mapping[str, GGUFTensor]) -> dict[str, GGUFTensor]:
-    """``blk.0.ffn_up_exps.weight [experts, m, k]`` as ``blk.0.ffn_up_exps.0.weight`` and so on."""
-    result: dict[str, GGUFTensor] = {}
-    for name, tensor in tensors.items():
-        stem = name.removesuffix("_exps.weight")
-        if stem == name or len(tensor.shape) != 3:
-            result[name] = tensor
-            continue
-        experts, m, k = tensor.shape
-        for i in range(experts):
-            rows = tensor.data[i * m : (i + 1) * m]
-            result[f"{stem}_exps.{i}.weight"] = replace(tensor, shape=(m, k), data=rows)
-    return result
-
-
 def _source(
     name: str, tensor: GGUFTensor, config: ModelConfig, architecture: Architecture
 ) -> TensorSource:
@@ -313,6 +243,8 @@ def _source(
     rows = _row_order(name, config) if architecture.interleaved else None
     if not is_matrix(name, shape):
         return TensorSource(name, shape, lambda: as_float32(_floats(tensor)))
+    if kind in FLOAT_TYPES and architecture.ternary and name not in HEADS:
+        return TensorSource(name, shape, lambda: exact_ternary(FloatMatrix(_floats(tensor), rows)))
     if kind in FLOAT_TYPES:
         return TensorSource(name, shape, lambda: FloatMatrix(_floats(tensor), rows), dense=True)
     if kind in CODEBOOK_TYPES:

@@ -19,6 +19,8 @@ from tmac_py.families import ATTENTION
 
 _QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _ROUTER = {"ffn_gate_inp": "mlp.gate"}
+_FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+_SUB_NORMS = {"attn_sub_norm": "self_attn.attn_sub_norm", "ffn_sub_norm": "mlp.ffn_sub_norm"}
 _OUT_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
@@ -35,12 +37,17 @@ class Architecture:
         interleaved: whether the halves of every head of q and k alternate, row by row.
         fields: metadata -> fields of ModelConfig beyond those of all.
         has_experts: whether layers have several feed-forwards, each kind of matrix in one tensor.
+        partly_turned: whether RoPE may turn a part of the head.
+        ternary: whether the matrices of layers are ternary in whatever type they are stored, and
+            their inputs rounded to 8 bits.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
     fields: Callable[[Metadata], dict[str, Any]] = lambda _metadata: {}
     has_experts: bool = False
+    partly_turned: bool = False
+    ternary: bool = False
 
 
 def _llama(metadata: Metadata) -> dict[str, Any]:
@@ -71,6 +78,21 @@ def _experts(metadata: Metadata, name: str, width: str) -> dict[str, Any]:
         "num_experts_per_tok": metadata.get(f"{name}.expert_used_count", int),
         "moe_intermediate_size": metadata.get(f"{name}.{width}", int),
     }
+
+
+def _phi3(metadata: Metadata) -> dict[str, Any]:
+    """llama.cpp leaves the window out; transformers and the models' makers do not."""
+    return {"sliding_window": metadata.get("phi3.attention.sliding_window", int, 0)}
+
+
+def _bitnet(_metadata: Metadata) -> dict[str, Any]:
+    """1bitLLM's models."""
+    return {"sub_norms": True}
+
+
+def _bitnet_2b(_metadata: Metadata) -> dict[str, Any]:
+    """BitNet b1.58 2B-4T (bitnet.cpp's llama.cpp)."""
+    return {"sub_norms": True, "hidden_act": "relu2"}
 
 
 def _gemma2(metadata: Metadata) -> dict[str, Any]:
@@ -132,6 +154,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3moe": Architecture({**_QK_NORMS, **_ROUTER}, fields=_qwen3moe, has_experts=True),
     "olmoe": Architecture({**_QK_NORMS, **_ROUTER}, fields=_olmoe, has_experts=True),
     "smollm3": Architecture(interleaved=True, fields=_smollm3),
+    "phi3": Architecture(_FUSED, fields=_phi3, partly_turned=True),
+    "bitnet": Architecture(_SUB_NORMS, fields=_bitnet, ternary=True),
+    "bitnet-25": Architecture(_SUB_NORMS, fields=_bitnet_2b, ternary=True),
+    "bitnet-b1.58": Architecture(_SUB_NORMS, fields=_bitnet_2b, ternary=True),
     "gemma2": Architecture(_OUT_NORMS, fields=_gemma2),
     "gemma3": Architecture({**_OUT_NORMS, **_QK_NORMS}, fields=_gemma3),
 }

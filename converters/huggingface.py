@@ -30,6 +30,7 @@ from tmac_py.converters.fused_experts import split_experts
 from tmac_py.converters.fused_projections import StoredMatrix, load_rows, stored_matrices
 from tmac_py.converters.huggingface_tokenizer import read_tokenizer_files
 from tmac_py.converters.json_file import read_object
+from tmac_py.converters.multimodal import decoder_config, decoder_tensors
 from tmac_py.converters.quantization_config import all_dense, format_of, read_settings
 from tmac_py.converters.safetensors_file import StoredTensor, read_header
 from tmac_py.converters.weight_format import DENSE, FLOATS, Expected, Parts, WeightFormat
@@ -44,6 +45,9 @@ _EMBEDDING = "model.embed_tokens.weight"
 _UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Tensors of old checkpoints that hold nothing config.json does not say."""
 
+
+_TEXT_ONLY = "{} is converted for text only: {} tensors of other parts are left out"
+"""Warning; takes the path and how many."""
 
 _SUB_NORMS = {"inner_attn_ln": "attn_sub_norm", "ffn_layernorm": "ffn_sub_norm"}
 """1bitLLM's names -> transformers' names."""
@@ -60,7 +64,8 @@ def read(path: Path) -> Checkpoint:
     Raises ModelFileError or UnsupportedError.
     """
     with naming(path):
-        raw_config = read_object(path / "config.json")
+        whole = read_object(path / "config.json")
+        raw_config = decoder_config(whole)
         generation = read_object(path / generation_defaults.FILE, optional=True)
         config = ModelConfig.from_hf(raw_config, generation)
         quantization = read_settings(path, raw_config)
@@ -73,9 +78,13 @@ def read(path: Path) -> Checkpoint:
             config = replace(config, eos_token_ids=_end_tokens(config, files))
             if (defaults := generation_defaults.keep_defaults(generation)) is not None:
                 files[generation_defaults.FILE] = defaults
+    found, warnings = _stored_tensors(path), [] if files else [NO_TOKENIZER.format(path)]
+    if raw_config is not whole:
+        n_found, found = len(found), decoder_tensors(found)
+        warnings.append(_TEXT_ONLY.format(path, n_found - len(found)))
     stored = {
         _ours(name): tensor
-        for name, tensor in split_experts(_stored_tensors(path)).items()
+        for name, tensor in split_experts(found).items()
         if not _UNUSED.fullmatch(name)
         and not (name == "lm_head.weight" and config.tie_word_embeddings)
     }
@@ -113,7 +122,7 @@ def read(path: Path) -> Checkpoint:
             else _floats(name, stored[name], norm_offset)
             for name, shape in shapes.items()
         ],
-        warnings=() if files else (NO_TOKENIZER.format(path),),
+        warnings=tuple(warnings),
     )
 
 

@@ -13,7 +13,7 @@ from tmac_py.errors import UnsupportedError
 from tmac_py.quant import MAX_BITS
 
 DEFAULT_BITS = 4
-DEFAULT_HEAD_BITS = 8
+DEFAULT_HEAD_BITS = 6
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class QuantOptions:
 
     ``quant`` names the method (`tmac_py.converters.quantizers.METHODS`). The bits of a matrix are
     those of the first pattern in ``bits_for`` that is found in its name; else ``head_bits``
-    (None: 8) for embedding and lm_head and ``bits`` (None: 4) for others. ``target_bpw`` chooses
+    (None: 6) for embedding and lm_head and ``bits`` (None: 4) for others. ``target_bpw`` chooses
     what these leave open, so that the matrices of the file have at most so many bits per weight.
     ``asym`` None stores an offset per group below 8 bits and none at 8. ``group_size`` -1 is the
     whole row. ``act_order`` groups columns by the size of their inputs (gptq and bcq).

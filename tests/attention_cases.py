@@ -21,11 +21,11 @@ KV_TYPES: tuple[KvType, ...] = ("f16", "int8", "int4")
 
 GROUP = 32
 BLOCK = 64
-"""Numbers that share a scale; positions whose weights are brought to a new maximum together."""
+"""Numbers that share a range; positions whose weights are brought to a new maximum together."""
 
 
 SMALLER = (0.95, 0.9, 0.85, 0.8, 0.75)
-"""Scales that 4 bits try, as shares of that of the largest number."""
+"""Ranges that 4 bits try, as shares of that from the lowest number to the highest."""
 
 
 def rotation_run(head_dim: int) -> int:
@@ -46,12 +46,6 @@ def rotate(x: Floats) -> Floats:
     return out * norm
 
 
-def fused(a: Floats, b: Floats, c: np.float32) -> Floats:
-    """a * b + c, rounded once: the product of two float32 is exact in float64, and so is the sum
-    here, whose addends are of similar size."""
-    return (a.astype(np.float64) * b + c).astype(np.float32)
-
-
 @dataclass(frozen=True)
 class Stored:
     """Rows as a cache of some type holds them, padded to whole groups."""
@@ -61,49 +55,68 @@ class Stored:
     """Upper bounds of the magnitudes that the kernels add up in place of each value."""
 
 
-def codes_of(groups: Floats, scales: Floats, zero: np.float32) -> Floats:
-    inverse = np.where(scales > 0, np.float32(1) / scales, np.float32(0))
-    codes: Floats = np.rint(np.clip(fused(groups, inverse, zero), 0, 2 * zero))
-    return codes
+@dataclass(frozen=True)
+class Ranges:
+    """Of groups of numbers, each array [..., 1]: what codes [0, most] stand for."""
+
+    scale: Floats
+    low: Floats
+
+    def codes(self, groups: Floats, most: np.float32) -> Floats:
+        inverse = np.where(self.scale > 0, np.float32(1) / self.scale, np.float32(0))
+        codes: Floats = np.rint(np.clip((groups - self.low) * inverse, 0, most))
+        return codes
+
+    def errors(self, groups: Floats, most: np.float32) -> Floats:
+        """Squared errors [..., 1] in the core's order of operations: 16 lanes, then halves."""
+        squares = (groups - (self.codes(groups, most) * self.scale + self.low)) ** 2
+        while squares.shape[-1] > 1:
+            half = squares.shape[-1] // 2
+            squares = squares[..., :half] + squares[..., half:]
+        return squares
 
 
-def group_errors(groups: Floats, scales: Floats, zero: np.float32) -> Floats:
-    """Squared errors [..., 1] in the core's order of operations: 16 lanes, then halves."""
-    squares = (groups - (codes_of(groups, scales, zero) - zero) * scales) ** 2
-    while squares.shape[-1] > 1:
-        half = squares.shape[-1] // 2
-        squares = squares[..., :half] + squares[..., half:]
-    return squares
+def narrowed(groups: Floats, most: np.float32, share: float) -> Ranges:
+    """A part of the range of each group, around its middle, as binary16 holds it."""
+    lowest, highest = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    half = np.float32(0.5)
+    middle, reach = half * (lowest + highest), half * (highest - lowest)
+    part = np.float32(share) * reach
+    scale, low = part * (np.float32(2) / most), middle - part
+    return Ranges(*(x.astype(np.float16).astype(np.float32) for x in (scale, low)))
 
 
-def stored(x: Floats, kind: KvType) -> Stored:
+def stored(x: Floats, kind: KvType, near: int) -> Stored:
+    """Rows of ``x``, those from ``near`` on in fp16."""
     n, head_dim = x.shape
     padded = np.zeros((n, -(-head_dim // GROUP) * GROUP), np.float32)
     padded[:, :head_dim] = x if kind == "f16" else rotate(x)
+    with np.errstate(over="ignore"):
+        halves = padded.astype(np.float16).astype(np.float64)
     if kind == "f16":
-        with np.errstate(over="ignore"):
-            halves = padded.astype(np.float16).astype(np.float64)
         return Stored(halves, np.abs(halves))
-    zero = np.float32(127.5 if kind == "int8" else 7.5)
+    most = np.float32(255 if kind == "int8" else 15)
     groups = padded.reshape(n, -1, GROUP)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        whole = np.abs(groups).max(-1, keepdims=True) / zero
-        whole[~np.isfinite(whole)] = np.nan
-        scales = whole.astype(np.float16).astype(np.float32)
-        least = group_errors(groups, scales, zero)
+        ranges = narrowed(groups, most, 1)
+        least = ranges.errors(groups, most)
         for share in SMALLER if kind == "int4" else ():
-            other = (whole * np.float32(share)).astype(np.float16).astype(np.float32)
-            error = group_errors(groups, other, zero)
-            scales = np.where(error < least, other, scales)
-            least = np.where(error < least, error, least)
-        codes = codes_of(groups, scales, zero)
-        wide = scales.astype(np.float64)
-        values = ((codes - zero) * wide).reshape(n, -1)
-        terms = ((codes + zero) * wide).reshape(n, -1)
-    # An infinity or a NaN makes the whole group NaN.
-    bad = np.broadcast_to(np.isnan(wide), groups.shape).reshape(n, -1)
+            other = narrowed(groups, most, share)
+            error = other.errors(groups, most)
+            better = error < least
+            ranges = Ranges(
+                np.where(better, other.scale, ranges.scale), np.where(better, other.low, ranges.low)
+            )
+            least = np.where(better, error, least)
+        numbers = ranges.codes(groups, most) * ranges.scale.astype(np.float64)
+        values = (numbers + ranges.low).reshape(n, -1)
+        terms = (numbers + np.abs(ranges.low)).reshape(n, -1)
+    # What binary16 does not hold makes the whole group NaN.
+    held = (np.abs(groups) <= np.finfo(np.float16).max).all(-1, keepdims=True)
+    bad = np.broadcast_to(~held, groups.shape).reshape(n, -1)
     values[bad] = np.nan
     terms[bad] = np.nan
+    values[near:], terms[near:] = halves[near:], np.abs(halves[near:])
     return Stored(values, terms)
 
 
@@ -135,18 +148,21 @@ def attend(
     first: NDArray[np.int64] | None = None,
     end: NDArray[np.int64] | None = None,
     types: tuple[KvType, KvType] = ("f16", "f16"),
+    near: int | None = None,
     softcap: float = 0.0,
 ) -> VectorCase:
     """Queries q [queries, head_dim] over positions [first, end) of keys and values [n, head_dim].
 
-    The result is [queries, head_dim].
+    Positions from ``near`` on (a multiple of 64; None: none of them) are read in fp16, whatever the
+    types are. The result is [queries, head_dim].
     """
     n, head_dim = keys.shape
     scale = float(np.float32(head_dim**-0.5))
     first = np.zeros(len(q), np.int64) if first is None else first
     end = np.full(len(q), n, np.int64) if end is None else end
     with np.errstate(invalid="ignore", over="ignore"):
-        k, v = stored(keys, types[0]), stored(values, types[1])
+        near = -(-n // BLOCK) * BLOCK if near is None else near
+        k, v = stored(keys, types[0], near), stored(values, types[1], near)
         wide = asked(q, types[0], k.values.shape[1])
         rows = [
             _row(wide[i], k, v, slice(int(first[i]), int(end[i])), scale, softcap)
@@ -158,7 +174,7 @@ def attend(
         else:
             want, tolerance = unrotate(want, tolerance, head_dim)
     kinds = tuple(KV_TYPES.index(kind) for kind in types)
-    fields = (*kinds, n, head_dim, len(q), scale, softcap)
+    fields = (*kinds, n, head_dim, len(q), near, scale, softcap)
     arrays: tuple[NDArray[Any], ...] = (first, end, q, keys, values)
     return VectorCase(name, "attend", fields, arrays, want.ravel(), tolerance.ravel())
 
@@ -215,7 +231,9 @@ def attention_cases() -> list[VectorCase]:
                     name = f"attend {types} n={n} head_dim={head_dim} softcap={softcap}"
                     q, keys = normal(3, head_dim, scale=3), normal(n, head_dim, scale=2)
                     values = normal(n, head_dim)
-                    cases.append(attend(name, q, keys, values, types=types, softcap=softcap))
+                    near = None if n == 1 else n // BLOCK * BLOCK
+                    case = attend(name, q, keys, values, types=types, near=near, softcap=softcap)
+                    cases.append(case)
             cases.append(causal_case(rng, types, heads=1, tokens=11, window=0, n=290))
             cases.append(causal_case(rng, types, heads=3, tokens=7, window=70, n=600))
             cases.append(causal_case(rng, types, heads=4, tokens=8, window=5, n=70))
@@ -242,6 +260,7 @@ def causal_case(
         first=first,
         end=end,
         types=types,
+        near=int(end[0] - 1) // BLOCK * BLOCK,
     )
 
 
@@ -254,16 +273,14 @@ def spoilt_cases(rng: np.random.Generator) -> list[VectorCase]:
                 q, keys, values = (rng.normal(size=(m, 64)).astype(np.float32) for m in (1, n, n))
                 where = f"{types} at {at} of {n}"
                 bad_q, bad_key = spoilt(q, (0, at % 64)), spoilt(keys, (at, 5))
+                near = None if n == 17 else 0
                 cases += [
-                    attend(f"attend NaN in q {where}", bad_q, keys, values, types=types),
-                    attend(f"attend NaN in key {where}", q, bad_key, values, types=types),
-                    attend(
-                        f"attend NaN in value {where}",
-                        q,
-                        keys,
-                        spoilt(values, (at, 5)),
-                        types=types,
-                    ),
+                    attend(f"attend NaN in {what} {where}", *arrays, types=types, near=near)
+                    for what, arrays in (
+                        ("q", (bad_q, keys, values)),
+                        ("key", (q, bad_key, values)),
+                        ("value", (q, keys, spoilt(values, (at, 5)))),
+                    )
                 ]
     return cases
 

@@ -367,6 +367,15 @@ def invariance_cases(tables: str, bits: int) -> list[LinearCase]:
     ]
 
 
+def few_tokens(tables: str, bits: int) -> list[LinearCase]:
+    """Every number of tokens that gets the bits of single ones, with groups of half a region."""
+    rng = np.random.default_rng(abs(bits) + 100)
+    w = rng.normal(size=(70, 168)).astype(np.float32)
+    x = random_activations(rng, "gaussian", 16, 168)
+    q = rounded_matrix(w, bits, 32, asym=True)
+    return [LinearCase(f"few tokens n={n}", q, x[:n], tables) for n in range(1, 17)]
+
+
 def ordered(case: LinearCase) -> LinearCase:
     """The same product, of columns that multiply the activations in some other order."""
     order = np.random.default_rng(case.q.k).permutation(case.q.k).astype(np.int32)

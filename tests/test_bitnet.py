@@ -135,7 +135,7 @@ def test_lut_files_hold_the_same_matrices(tmp_path: Path, name: str) -> None:
             assert got.scale == want.scale
             assert np.array_equal(got.codes, want.codes)
         head = "model.embed_tokens" if file.config.tie_word_embeddings else "lm_head"
-        assert file.linear(f"{head}.weight")[1].bits == 8
+        assert file.linear(f"{head}.weight")[1].bits == 6
 
 
 @pytest.mark.parametrize("name", LLAMA + BITNET)
@@ -143,7 +143,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     """Float32 round-off is all that is between them where no rounding is too close to call; the
     14 bits of lm_head's inputs and the fp16 keys and values are between the plain ones."""
     golden = Golden(name)
-    convert(golden.folder(tmp_path / "m"), tmp_path / "m.lut", group_size=32)
+    convert(golden.folder(tmp_path / "m"), tmp_path / "m.lut", head_bits=8, group_size=32)
     with Model.load(tmp_path / "m.lut", threads=2) as model:
         assert model.tables == "exact8"
         ours = model.logits(golden.ids)
@@ -169,7 +169,7 @@ def test_the_head_has_tables_of_its_own_however_tokens_come(
     """lm_head is no BitLinear: its exact tables stand beside those of 8 bits, for tables and for
     integers, of one token and of many."""
     golden = Golden("llama-packed")
-    convert(golden.folder(tmp_path / "m"), tmp_path / "m.lut", group_size=32)
+    convert(golden.folder(tmp_path / "m"), tmp_path / "m.lut", head_bits=8, group_size=32)
     with Model.load(tmp_path / "m.lut", threads=2) as model:
         whole = model.logits(golden.ids)
     with Model.load(tmp_path / "m.lut", threads=threads, tables="exact8") as model:
@@ -260,7 +260,7 @@ def test_the_forms_of_other_publishers(tmp_path: Path) -> None:
             assert np.array_equal(one[slice(None)], other[slice(None)])  # type: ignore[index]
     values["hidden_act"] = "relu2"  # all else is as in the golden model
     (path / "config.json").write_text(json.dumps(values))
-    convert(path, tmp_path / "m.lut", group_size=32)
+    convert(path, tmp_path / "m.lut", head_bits=8, group_size=32)
     with Model.load(tmp_path / "m.lut", threads=2) as model:
         off = np.abs(model.logits(golden.ids) - golden.rounded)
     assert off[golden.settled].max() < ROUND_OFF
@@ -288,7 +288,7 @@ def test_sub_norms_and_relu2_show(tmp_path: Path, part: str) -> None:
     golden = Golden("bitnet-online")
     config = {"hidden_act": "silu"} if part == "hidden_act" else {}
     path = golden.folder(tmp_path / "m", config=config, tensors=change)
-    convert(path, tmp_path / "m.lut", group_size=32)
+    convert(path, tmp_path / "m.lut", head_bits=8, group_size=32)
     with Model.load(tmp_path / "m.lut", threads=2) as model:
         off = np.abs(model.logits(golden.ids) - golden.rounded).max()
     assert off > 1000 * ROUND_OFF

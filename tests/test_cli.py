@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -369,6 +370,16 @@ def test_version_and_help(run, program):
     assert status == 0
     if program is not cli.main:
         assert f"examples:\n  tmac-{program.__name__}" in out.replace("git diff | ", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_examples_in_the_help_are_arguments_that_exist(command):
+    assert len(command.examples) > 1
+    for example in command.examples:
+        (call,) = re.findall(r"tmac (\w.*)", example)
+        call = re.split(r" [|>#] | *\)\"", call)[0]
+        args = cli.main_parser().parse_args(shlex.split(call))
+        assert args.prog == f"tmac {command.name}"
 
 
 def test_tmac_has_every_command(run, lut):

@@ -25,14 +25,14 @@ ISAS = [row["name"] for row in _core.isas() if row["usable"]]
 
 LOGIT_ERROR = 0.035
 """How far our logits with exact tables may be from fp32 ones: activations have 14 bits, keys and
-values 11."""
+values 11. Of 1040 compared here two are off by more than 0.023; the root mean square is 0.006."""
 
 CLOSE_CALL = 0.06
 """Where a reference's two best logits are nearer than this, either may win: nearly twice the
 largest error of one logit, which two of them hardly have at once (root mean square: 0.006)."""
 
 
-CONVERTED = {2: "33901fe61dde4df1d2715278db5406df"}
+CONVERTED = {3: "95432ac95d857ee92f928bab36aceb77"}
 """Recipe of tmac_py.modelcache -> XXH3-128 of the default model's configuration and of the list
 of its tensors, which holds the checksum of each."""
 

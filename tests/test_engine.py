@@ -11,11 +11,12 @@ import pytest
 
 import tiny_model as tiny
 from tmac_py.errors import ContextError, OptionError, TmacError
+from tmac_py.generate import Step
 from tmac_py.model import Model
 from tmac_py.sampling import Logits, Sampler, SamplingParams
 from tmac_py.server.engine import Engine
 from tmac_py.server.fair_queue import FairQueue
-from tmac_py.server.jobs import BusyError, CancelledError, Job, Request, Step
+from tmac_py.server.jobs import BusyError, CancelledError, Job, Request
 
 N_CTX = 400
 
@@ -317,6 +318,29 @@ def test_a_request_repeats_its_bits_whatever_the_slots_hold(model: Model, reuse:
         assert [s.token.logprob for s in client.steps] == [s.token.logprob for s in expected]
         found.append(client.steps[-1].token.timings.n_cached)
     assert set(found) == ({0} if reuse == "none" else {0, 64, 128})
+
+
+@pytest.mark.parametrize(
+    ("chunk", "reuse", "n_cached"), [(64, "same bits", 64), (48, "same bits", 0), (64, "any", 64)]
+)
+def test_a_cache_of_codes_forgets_more_than_it_was_asked_to(
+    model: Model, chunk: int, reuse: str, n_cached: int
+) -> None:
+    """The block that a long text's beginning ends in is computed again."""
+    text = prompt(1, 100)
+    answers = []
+    for first in (None, np.concatenate([text[:99], prompt(2, 280)])):
+        engine = Engine(model, parallel=1, kv="int4", chunk=chunk)
+        if first is not None:
+            Client(engine, request(first, 2))
+            drive(engine)
+        client = Client(engine, request(text, 20, reuse=reuse))
+        drive(engine)
+        answers.append(client.steps)
+    fresh, again = answers
+    assert again[-1].token.timings.n_cached == n_cached
+    if reuse == "same bits":
+        assert [s.token.logprob for s in again] == [s.token.logprob for s in fresh]
 
 
 def test_what_cannot_run_is_refused(model: Model) -> None:

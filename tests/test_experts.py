@@ -139,7 +139,7 @@ def test_gptq_experts(tmp_path: Path, act_order: bool) -> None:
     config = config_json(CONFIG, quantization_config=settings)
     convert(write_hf(tmp_path / "q", coded, config, dtype=None), tmp_path / "q.lut", head_bits=8)
     folder = write_hf(tmp_path / "f", dense, config_json(CONFIG))
-    convert(folder, tmp_path / "f.lut", bits=8, group_size=16)
+    convert(folder, tmp_path / "f.lut", bits=8, head_bits=8, group_size=16)
     with LutFile.open(tmp_path / "q.lut") as file:
         order = file.order("model.layers.0.mlp.experts.3.up_proj.weight")
         assert (order is not None) == act_order

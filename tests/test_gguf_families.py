@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tiny_checkpoints import interleave, write_gguf, write_hf
 from tmac_py import Model
 from tmac_py.config import ModelConfig
 from tmac_py.converters import convert, open_checkpoint
-from tmac_py.errors import UnsupportedError
+from tmac_py.errors import ModelFileError, UnsupportedError
 from tmac_py.families import FAMILIES
 from tmac_py.quant import QuantTensor
 
@@ -44,6 +45,25 @@ NAMES = {
 }
 
 
+FUSED = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+LONG, SHORT = ([1.5 + i / 8, 2.5, 3.0, 4.25] for i in (0, 4))
+ROPE = {"rope_factors_long.weight": LONG, "rope_factors_short.weight": SHORT}
+
+
+def fused(weights: Weights, config: ModelConfig) -> Weights:
+    """q, k and v as one matrix, gate and up as another."""
+    result = dict(weights)
+    for layer in range(config.num_hidden_layers):
+        for module, parts in (
+            ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            prefix = f"model.layers.{layer}."
+            rows = [result.pop(f"{prefix}{part}.weight") for part in parts]
+            result[f"{prefix}{module}.weight"] = np.concatenate(rows)
+    return result
+
+
 def gguf_name(name: str, names: dict[str, str]) -> str:
     stem, _, kind = name.rpartition(".")
     if not stem.startswith("model.layers."):
@@ -58,10 +78,14 @@ def write(
     config: ModelConfig,
     weights: Weights,
     experts: str = "F32",
+    kind: str = "F32",
     **extra: Any,
 ) -> Path:
-    """The model as llama.cpp's converter writes it, in floats; experts in a type of their own."""
+    """The model as llama.cpp's converter writes it; experts in a type of their own."""
     names = {**NAMES, **(GEMMA if config.out_norms else {})}
+    if name == "phi3":
+        weights = fused(weights, config)
+        names |= FUSED
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tensors = {}
     for tensor, w in weights.items():
@@ -69,7 +93,11 @@ def write(
             continue
         n_heads = heads.get(tensor.split(".")[-2]) if name == "smollm3" else None
         stored = w if n_heads is None else interleave(w, n_heads)
-        tensors[gguf_name(tensor, names)] = (np.ascontiguousarray(stored), "F32")
+        this = kind if stored.ndim == 2 else "F32"
+        data = gguf.quants.quantize(stored, gguf.GGMLQuantizationType[this])
+        tensors[gguf_name(tensor, names)] = (data, this)
+    if name == "phi3":
+        tensors |= {n: (np.array(values, np.float32), "F32") for n, values in ROPE.items()}
     for layer in range(config.num_hidden_layers if config.num_experts else 0):
         prefix = f"model.layers.{layer}.mlp.experts."
         for part in ("gate", "up", "down"):
@@ -125,6 +153,20 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"expert_count": 5, "expert_used_count": 2},
     ),
     "smollm3": ({}, {}),
+    "phi3": (
+        {
+            "partial_rotary_factor": 0.5,
+            "sliding_window": 7,
+            "original_max_position_embeddings": 32,
+            "rope_scaling": {"type": "longrope", "long_factor": LONG, "short_factor": SHORT},
+        },
+        {
+            "attention.sliding_window": 7,
+            "rope.dimension_count": 8,
+            "rope.scaling.original_context_length": 32,
+            "rope.scaling.attn_factor": math.sqrt(1 + math.log(2) / math.log(32)),
+        },
+    ),
     "gemma2": (
         {
             "query_pre_attn_scalar": 16,
@@ -184,6 +226,46 @@ def test_a_gguf_file_is_the_same_model_as_a_folder(tmp_path: Path, name: str) ->
     with Model.load(tmp_path / "hf.lut") as a, Model.load(tmp_path / "m.gguf.lut") as b:
         assert np.array_equal(a.logits(ids), b.logits(ids))
         assert a.logits(ids).std() > 0.1
+
+
+def test_lists_of_factors(tmp_path: Path) -> None:
+    keys, metadata = MODELS["phi3"]
+    config = ModelConfig.from_hf({"model_type": "phi3", **SIZES, **keys})
+    weights = {n: np.ones(s, np.float32) for n, s in config.tensor_shapes().items()}
+    extra = {**metadata, "rope.scaling.attn_factor": 1.25}
+    path = write(tmp_path / "m.gguf", "phi3", config, weights, **extra)
+    scaling = open_checkpoint(path).config.rope_scaling
+    assert scaling is not None
+    assert (scaling["attention_factor"], scaling["factor"]) == (1.25, 2.0)
+    assert (scaling["long_factor"], scaling["short_factor"]) == (LONG, SHORT)
+    for change, text in (
+        ({"rope.dimension_count": 12}, r"rope_factors_short\.weight F32\[4\]: F32\[6\] is needed"),
+        ({"rope.dimension_count": 7}, r"rope_factors_short\.weight F32\[4\]: F32\[3\] is needed"),
+        ({"rope.scaling.original_context_length": 1}, "must be an integer of at least 2"),
+        ({"attention.head_count_kv": 4}, r"missing: blk\.0\.attn_q.* blk\.0\.attn_qkv\.weight \["),
+    ):
+        path = write(tmp_path / "m.gguf", "phi3", config, weights, **{**metadata, **change})
+        with pytest.raises(ModelFileError, match=text):
+            open_checkpoint(path)
+
+
+def test_codes_of_fused_projections_are_kept(tmp_path: Path) -> None:
+    keys, extra = MODELS["phi3"]
+    config = ModelConfig.from_hf({"model_type": "phi3", **SIZES, **keys})
+    rng = np.random.default_rng(0)
+    weights = {
+        n: rng.normal(0, 0.2, s).astype(np.float32) for n, s in config.tensor_shapes().items()
+    }
+    path = write(tmp_path / "m.gguf", "phi3", config, weights, kind="Q8_0", **extra)
+    for tensor in open_checkpoint(path).tensors:
+        if tensor.name.endswith(("q_proj.weight", "v_proj.weight", "up_proj.weight")):
+            stored = tensor.load()
+            again = gguf.quants.quantize(weights[tensor.name], gguf.GGMLQuantizationType.Q8_0)
+            assert isinstance(stored, QuantTensor)
+            assert np.array_equal(
+                stored.dequantize(),
+                gguf.quants.dequantize(again, gguf.GGMLQuantizationType.Q8_0),
+            )
 
 
 def test_settings_that_are_refused(tmp_path: Path) -> None:

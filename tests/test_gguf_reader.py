@@ -123,7 +123,7 @@ def test_options_that_nothing_would_heed_are_refused(tmp_path: Path) -> None:
     path = tiny(tmp_path / "m.gguf")
     idle: list[dict[str, Any]] = [
         {"bits": 2},
-        {"head_bits": 4},
+        {"head_bits": 8},
         {"group_size": 64},
         {"asym": True},
         {"act_order": True, "quant": "gptq"},
@@ -272,10 +272,6 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "g.gguf", TINY, tensors, architecture="mamba")
     with pytest.raises(UnsupportedError, match="architecture 'mamba'"):
         reader.read(path)
-    for name in ("bitnet", "bitnet-25", "bitnet-b1.58"):
-        path = write_gguf(tmp_path / "g.gguf", TINY, tensors, architecture=name)
-        with pytest.raises(UnsupportedError, match=rf"architecture '{name}' cannot .*_sub_norm"):
-            reader.read(path)
 
 
 def test_wrong_tensors_are_reported_together(tmp_path: Path) -> None:

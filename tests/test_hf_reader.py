@@ -64,7 +64,7 @@ def test_a_folder_becomes_a_lut(tmp_path: Path) -> None:
         _, spec = file.linear("model.layers.1.mlp.down_proj.weight")
         assert (spec.m, spec.k, spec.bits, spec.group_size) == (256, 512, 2, 512)
         assert (spec.offset_kind, spec.zero) == ("none", 2.0)
-        assert file.linear("lm_head.weight")[1].bits == 8
+        assert file.linear("lm_head.weight")[1].bits == 6
         assert np.array_equal(file.float("model.norm.weight"), WEIGHTS["model.norm.weight"])
 
 
@@ -74,7 +74,7 @@ def test_the_defaults(tmp_path: Path) -> None:
         linear = file.linear("model.layers.0.self_attn.q_proj.weight")[1]
         assert (linear.bits, linear.group_size, linear.offset_kind) == (4, 32, "offset")
         head = file.linear("model.embed_tokens.weight")[1]
-        assert (head.bits, head.group_size, head.offset_kind) == (8, 32, "none")
+        assert (head.bits, head.group_size, head.offset_kind) == (6, 32, "offset")
 
 
 def test_tokenizer_files(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from kernel_cases import (
     LinearCase,
     binary_coded,
     extreme_cases,
+    few_tokens,
     float_cases,
     integer_cases,
     integer_matrix,
@@ -95,6 +96,15 @@ class TestProduct:
                 assert run(case, _core.ThreadPool(threads)).tobytes() == y.tobytes()
             apart = [run(piece, pool) for piece in pieces(case)]
             assert np.concatenate(apart).tobytes() == y.tobytes()
+
+    def test_each_of_few_tokens_gets_what_it_gets_alone(
+        self, tables: str, bits: int, pool: _core.ThreadPool
+    ) -> None:
+        *fewer, most = few_tokens(tables, bits)
+        alone = np.concatenate([run(replace(most, x=row[None]), pool) for row in most.x])
+        most.check(run(most, pool))
+        for case in [*fewer, most]:
+            assert run(case, pool).tobytes() == alone[: len(case.x)].tobytes(), case.name
 
 
 @pytest.mark.parametrize("tables", TABLES)

@@ -17,6 +17,7 @@ from tmac_py.errors import ContextError, ModelFileError
 from tmac_py.multiple_choice import (
     Answers,
     ChoiceScorer,
+    Prompt,
     Question,
     encode_question,
     read_questions,
@@ -56,6 +57,19 @@ def test_scores_are_log_likelihoods_after_the_question(
         rows = log_probs(model.logits(whole))
         want = sum(rows[i - 1, whole[i]] for i in range(len(stem), len(whole)))
         assert score == pytest.approx(want, rel=1e-9)
+
+
+def test_a_cache_of_codes_forgets_more_than_the_choice(tmp_path: Path) -> None:
+    """The question's last block is computed again after a long choice."""
+    ids = np.random.default_rng(0).integers(3, tiny.VOCAB, 500).tolist()
+    path = tiny.write_tiny_model(
+        tmp_path / "long.lut", change=milder, max_position_embeddings=len(ids)
+    )
+    with Model.load(path, threads=1, tables="exact") as model:
+        choices = [ids[100:], ids[200:210]]
+        scorer = ChoiceScorer(model, len(ids), kv="int4", batch=64)
+        scores = scorer.score(Prompt(ids[:100], choices))
+        assert scores == scorer.score(Prompt(ids[:100], choices[::-1]))[::-1]
 
 
 def test_a_choice_may_change_how_the_question_ends(model: Model) -> None:

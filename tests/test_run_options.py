@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
@@ -146,6 +147,17 @@ def test_completion_knows_commands_and_options(run: Run, shell: str) -> None:
     for word in ("run", "convert", "prompt-cache", "chat-template-file", "group-size", "fish"):
         assert word in script
     assert run("completion", "csh", program=cli.main)[0] == 2
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_a_script_of_its_shell(run: Run, shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    script = run("completion", shell, program=cli.main)[1]
+    done = subprocess.run(
+        [shell, "-n"], input=script, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("words", ["tmac run", "tmac-run"])

@@ -140,7 +140,7 @@ def half_to_float_case() -> VectorCase:
     values = np.arange(0x10000, dtype=np.uint32).astype(np.uint16).view(np.float16)
     zeros = np.zeros(len(values), np.float32)
     arrays = (np.array([0]), np.array([1]), zeros, zeros, values.astype(np.float32))
-    fields = (0, 0, 1, len(values), 1, 1.0, 0.0)
+    fields = (0, 0, 1, len(values), 1, 0, 1.0, 0.0)
     return VectorCase("every half", "attend", fields, arrays, values.astype(np.float64))
 
 

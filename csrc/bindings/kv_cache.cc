@@ -62,7 +62,8 @@ void bind_kv_cache(py::module_& module) {
             const KvCache::Use use(self);
             self.truncate(pos);
           },
-          "pos"_a, "Forgets the tokens from `pos` on.")
+          "pos"_a,
+          "Forgets the tokens from `pos` on; in int8 and int4 up to 63 more (docs/attention.md).")
       .def(
           "fork",
           [](KvCache& self, int64_t n_ctx) {

@@ -23,10 +23,34 @@ struct Span {
   bool empty() const { return from >= to; }
 };
 
+// Keys or values of positions from some on: codes with their ranges, or fp16.
+struct KvRun {
+  KvType type;
+  const uint8_t* data;
+  const uint16_t* ranges;
+  int64_t vector_bytes;
+
+  KvRun(const KvShape& shape, KvType stored, const uint8_t* codes, const uint16_t* first_range,
+        const uint8_t* nearest, bool near, int64_t pos)
+      : type(near ? KvType::kF16 : stored), vector_bytes(shape.vector_bytes(type)) {
+    const bool from_ring = near && kv_scaled(stored);
+    data = from_ring ? nearest + pos % kNear * vector_bytes : codes + pos * vector_bytes;
+    ranges = kv_scaled(type) ? first_range + pos : nullptr;
+  }
+};
+
+inline KvRun keys_from(const KvShape& shape, const KvHead& head, int64_t near, int64_t pos) {
+  return {shape, shape.keys, head.keys, head.key_ranges, head.near_keys, pos >= near, pos};
+}
+
+inline KvRun values_from(const KvShape& shape, const KvHead& head, int64_t near, int64_t pos) {
+  return {shape, shape.values, head.values, head.value_ranges, head.near_values, pos >= near, pos};
+}
+
 // scores[query][0..16) = products of kQueries queries with the keys of one block of 16 positions,
-// whose scales begin at `scales`. Scores of a query are kAttendBlock apart.
+// whose ranges begin at `ranges`. Scores of a query are kAttendBlock apart.
 template <typename S, typename Kv, int kQueries>
-inline void score_block(const KvShape& shape, const uint8_t* keys, const uint16_t* scales,
+inline void score_block(const KvShape& shape, const uint8_t* keys, const uint16_t* ranges,
                         int64_t capacity, const float* q, float* scores) {
   using F = typename S::F;
   const int64_t stride = shape.query_floats();
@@ -51,9 +75,10 @@ inline void score_block(const KvShape& shape, const uint8_t* keys, const uint16_
       for (int n = 0; n < kQueries; ++n) {
         const F sum = S::add(S::add(sums[n][0], sums[n][2]), S::add(sums[n][1], sums[n][3]));
         if constexpr (Kv::kScaled) {
-          const F zero = S::set(q[n * stride + shape.dims() + group]);
-          const F scale = S::load_half(scales + group * capacity + lane);
-          total[n] = S::fma(scale, S::sub(sum, zero), total[n]);
+          const uint16_t* range = ranges + 2 * group * capacity + lane;
+          const F of_low = S::set(q[n * stride + shape.dims() + group]);
+          total[n] = S::fma(S::load_half(range), sum, total[n]);
+          total[n] = S::fma(S::load_half(range + capacity), of_low, total[n]);
         } else {
           total[n] = S::add(total[n], sum);
         }
@@ -66,9 +91,8 @@ inline void score_block(const KvShape& shape, const uint8_t* keys, const uint16_
 // values[query] += weights[query][t] * group `group` of value t, t in [from, to). `values` begin at
 // the block; rows of weights are kAttendBlock apart, those of sums `stride`.
 template <typename S, typename Kv, int kQueries>
-inline void weigh_values(const uint8_t* values, int64_t vector_bytes, int64_t group,
-                         const float* weights, int64_t from, int64_t to, float* sums,
-                         int64_t stride) {
+inline void weigh_values(const KvRun& values, int64_t group, const float* weights, int64_t from,
+                         int64_t to, float* sums, int64_t stride) {
   using F = typename S::F;
   constexpr int kVectors = kKvGroup / S::kFloats;
   F acc[kQueries][kVectors];
@@ -77,7 +101,7 @@ inline void weigh_values(const uint8_t* values, int64_t vector_bytes, int64_t gr
   }
   for (int64_t t = from; t < to; ++t) {
     F value[kVectors];
-    Kv::template values<S>(values + t * vector_bytes, group, value);
+    Kv::template values<S>(values.data + t * values.vector_bytes, group, value);
     for (int n = 0; n < kQueries; ++n) {
       const F weight = S::set(weights[n * kAttendBlock + t]);
       for (int i = 0; i < kVectors; ++i) acc[n][i] = S::fma(weight, value[i], acc[n][i]);
@@ -145,14 +169,13 @@ inline void weigh_scores(const AttendQueries& queries, const Span& span, int64_t
 // Adds one group of the values of a block to the states, weighted. Positions that all the queries
 // attend to are read once for all of them.
 template <typename S, typename Kv, int kQueries>
-inline void add_group(const KvShape& shape, const uint8_t* values, int64_t group,
-                      const Span (&spans)[kQueries], const float* weights, float* states) {
-  const int64_t bytes = shape.vector_bytes(shape.values), stride = shape.state_floats();
+inline void add_group(const KvRun& values, int64_t group, const Span (&spans)[kQueries],
+                      const float* weights, float* states, int64_t stride) {
   float* sums = states + kStateHead + group * kKvGroup;
   const auto one = [&](int n, int64_t from, int64_t to) {
     if (from >= to) return;
-    weigh_values<S, Kv, 1>(values, bytes, group, weights + n * kAttendBlock, from, to,
-                           sums + n * stride, stride);
+    weigh_values<S, Kv, 1>(values, group, weights + n * kAttendBlock, from, to, sums + n * stride,
+                           stride);
   };
   Span common = spans[0];
   for (const Span& span : spans) {
@@ -164,44 +187,58 @@ inline void add_group(const KvShape& shape, const uint8_t* values, int64_t group
     return;
   }
   for (int n = 0; n < kQueries; ++n) one(n, spans[n].from, common.from);
-  weigh_values<S, Kv, kQueries>(values, bytes, group, weights, common.from, common.to, sums,
-                                stride);
+  weigh_values<S, Kv, kQueries>(values, group, weights, common.from, common.to, sums, stride);
   for (int n = 0; n < kQueries; ++n) one(n, common.to, spans[n].to);
 }
 
-// weights * the scales of a group -> scaled, 0 outside of the span; and what codes of zero add to
-// the group's sums goes from them.
-template <typename S, typename Kv>
-inline void scale_weights(const uint16_t* scales, const Span& span, const float* weights,
-                          float* scaled, float* sums) {
+// weights * the scales of a group -> scaled, 0 outside of the span; weights * its lowest numbers
+// are added to the group's sums.
+template <typename S>
+inline void scale_weights(const uint16_t* ranges, int64_t capacity, const Span& span,
+                          const float* weights, float* scaled, float* sums) {
   if (span.empty()) return;
-  for_each_of<S>(span, [&](int64_t i) {
-    S::store_f(scaled + i, S::mul(S::load_f(weights + i), S::load_half(scales + i)));
-  });
-  fill_outside(span, 0, scaled);
-  const auto zeros = S::set(Kv::kZero * sum_of<S>(span, scaled));
+  const auto times = [&](const uint16_t* halves) {
+    for_each_of<S>(span, [&](int64_t i) {
+      S::store_f(scaled + i, S::mul(S::load_f(weights + i), S::load_half(halves + i)));
+    });
+    fill_outside(span, 0, scaled);
+  };
+  times(ranges + capacity);
+  const auto lows = S::set(sum_of<S>(span, scaled));
   for (int64_t i = 0; i < kKvGroup; i += S::kFloats) {
-    S::store_f(sums + i, S::sub(S::load_f(sums + i), zeros));
+    S::store_f(sums + i, S::add(S::load_f(sums + i), lows));
   }
+  times(ranges);
 }
 
 template <typename S, typename Kv, int kQueries>
-inline void add_values(const KvShape& shape, const KvHead& head, int64_t begin,
+inline void add_values(const KvShape& shape, const KvRun& values, int64_t capacity,
                        const Span (&spans)[kQueries], const float* weights, float* states) {
-  const uint8_t* values = head.values + begin * shape.vector_bytes(shape.values);
+  const int64_t stride = shape.state_floats();
   for (int64_t group = 0; group < shape.groups(); ++group) {
     if constexpr (!Kv::kScaled) {
-      add_group<S, Kv, kQueries>(shape, values, group, spans, weights, states);
+      add_group<S, Kv, kQueries>(values, group, spans, weights, states, stride);
     } else {
       float scaled[kQueries * kAttendBlock];
       for (int n = 0; n < kQueries; ++n) {
-        scale_weights<S, Kv>(head.value_scales + group * head.capacity + begin, spans[n],
-                             weights + n * kAttendBlock, scaled + n * kAttendBlock,
-                             states + n * shape.state_floats() + kStateHead + group * kKvGroup);
+        scale_weights<S>(values.ranges + 2 * group * capacity, capacity, spans[n],
+                         weights + n * kAttendBlock, scaled + n * kAttendBlock,
+                         states + n * stride + kStateHead + group * kKvGroup);
       }
-      add_group<S, Kv, kQueries>(shape, values, group, spans, scaled, states);
+      add_group<S, Kv, kQueries>(values, group, spans, scaled, states, stride);
     }
   }
+}
+
+// Asks for the keys and values of 16 positions: blocks of both take turns, so that what the
+// processor foresees by itself ends with each.
+template <typename S>
+inline void prefetch_positions(const KvRun& keys, const KvRun& values) {
+  const auto lines = [](const KvRun& run) {
+    for (int64_t i = 0; i < kKeyBlock * run.vector_bytes; i += 64) S::prefetch(run.data + i);
+  };
+  lines(keys);
+  lines(values);
 }
 
 // Queries [at, at + kQueries) over the block of positions [begin, end).
@@ -218,13 +255,18 @@ inline void attend_block(const KvShape& shape, const KvHead& head, const AttendQ
   }
   if (all.empty()) return;
   float weights[kQueries * kAttendBlock];
-  with_format(shape.keys, [&](auto format) {
+  const KvRun keys = keys_from(shape, head, queries.near, begin);
+  with_format(keys.type, [&](auto format) {
     using Kv = decltype(format);
     for (int64_t t = all.from / kKeyBlock * kKeyBlock; t < all.to; t += kKeyBlock) {
-      score_block<S, Kv, kQueries>(shape, head.keys + (begin + t) * shape.vector_bytes(shape.keys),
-                                   Kv::kScaled ? head.key_scales + begin + t : nullptr,
-                                   head.capacity, queries.q + at * shape.query_floats(),
-                                   weights + t);
+      const int64_t next = begin + t + kAttendBlock;
+      if (at == 0 && next < queries.end[queries.count - 1]) {
+        prefetch_positions<S>(keys_from(shape, head, queries.near, next),
+                              values_from(shape, head, queries.near, next));
+      }
+      score_block<S, Kv, kQueries>(shape, keys.data + t * keys.vector_bytes,
+                                   Kv::kScaled ? keys.ranges + t : nullptr, head.capacity,
+                                   queries.q + at * shape.query_floats(), weights + t);
     }
   });
   float* first_state = states + at * shape.state_floats();
@@ -233,8 +275,10 @@ inline void attend_block(const KvShape& shape, const KvHead& head, const AttendQ
     weigh_scores<S>(queries, spans[n], shape.dims(), weights + n * kAttendBlock,
                     AttendState(first_state + n * shape.state_floats()));
   }
-  with_format(shape.values, [&](auto format) {
-    add_values<S, decltype(format), kQueries>(shape, head, begin, spans, weights, first_state);
+  const KvRun values = values_from(shape, head, queries.near, begin);
+  with_format(values.type, [&](auto format) {
+    add_values<S, decltype(format), kQueries>(shape, values, head.capacity, spans, weights,
+                                              first_state);
   });
 }
 

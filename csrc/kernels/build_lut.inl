@@ -191,9 +191,13 @@ void build_region(const float* x, Tables tables, float to_token_units, const Lut
       if (exact) N::store_f(sums + t, N::mul(N::load_f(sums + t), N::load_f(multiplier + t)));
     }
     S::write_multipliers(multipliers, lut.multipliers + h * kMultiplierWords);
+    float half_sum = 0;
     for (int c = 0; c < kHalfChunks; ++c) {
-      lut.chunk_sum[h * kHalfChunks + c] = (sums[c] + sums[kHalfChunks + c]) * sum_unit;
+      const float chunk_sum = (sums[c] + sums[kHalfChunks + c]) * sum_unit;
+      lut.chunk_sum[h * kHalfChunks + c] = chunk_sum;
+      half_sum += chunk_sum;
     }
+    lut.half_sum[h] = half_sum;
     region_sum += sum_of_row<N>(sums);
   }
   lut.region_sum[0] = region_sum * sum_unit;

@@ -1,11 +1,10 @@
-// Reading keys and values of a cache (layout/kv.h) as floats. Codes u of b bits stand for
-// (u - kZero) * scale with kZero = (2^b - 1) / 2; what is read here is u.
+// Reading keys and values of a cache (layout/kv.h) as floats. Codes u in [0, kMost] stand for
+// low + u * scale; what is read here is u.
 
 // out[i] = dimension d + i of the keys of S::kFloats positions from `lane` on, d a multiple of 4;
 // `keys` begin at the block. Values: out = a whole group of the vector that begins at `values`.
 struct HalfKv {
   static constexpr bool kScaled = false;
-  static constexpr float kZero = 0;
   template <typename S>
   static void keys(const uint8_t* keys, int64_t d, int64_t lane, typename S::F (&out)[4]) {
     const auto* halves = reinterpret_cast<const uint16_t*>(keys) + d * kKeyBlock + lane;
@@ -21,7 +20,7 @@ struct HalfKv {
 
 struct Int8Kv {
   static constexpr bool kScaled = true;
-  static constexpr float kZero = 127.5f;
+  static constexpr float kMost = 255;
   static constexpr bool kSearched = false;
   template <typename S>
   static void keys(const uint8_t* keys, int64_t d, int64_t lane, typename S::F (&out)[4]) {
@@ -40,7 +39,7 @@ struct Int8Kv {
 
 struct Int4Kv {
   static constexpr bool kScaled = true;
-  static constexpr float kZero = 7.5f;
+  static constexpr float kMost = 15;
   static constexpr bool kSearched = true;
   template <typename S>
   static void nibbles(const uint8_t* p, typename S::F& low, typename S::F& high) {

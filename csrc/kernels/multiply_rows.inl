@@ -108,10 +108,12 @@ int unpack_slab(const LinearSpec& spec, int64_t n_chunks, bool shares_units, Sla
   return n_segments;
 }
 
-// multiply_lanes for kTokens tokens. More than 16 tokens make blocks of at least 8.
+// multiply_lanes for kTokens tokens. More than 16 tokens make blocks of at least 8, and so few as 3
+// are multiplied with exact integers only.
 template <typename S, typename Dot, Tables kTables, int kTokens>
 constexpr auto lanes_kernel() -> decltype(&multiply_lanes<S, Dot, kTables, S::kDotTokens>) {
-  constexpr bool kOccurs = kTokens <= S::kDotTokens && (kTokens >= 8 || S::kDotTokens < 8);
+  constexpr bool kOccurs = kTokens <= S::kDotTokens && (kTokens >= 8 || S::kDotTokens < 8 ||
+                                                        (kTables != Tables::kInt8 && kTokens >= 4));
   if constexpr (kOccurs) return multiply_lanes<S, Dot, kTables, kTokens>;
   return nullptr;
 }

@@ -34,6 +34,8 @@ struct PlaneSums {
   static constexpr bool kSingle = kBits % 2 == 1;
   static constexpr int kAccumulators =
       kQuads * Quad::kAccumulators + kPair * Pair::kAccumulators + kSingle * Single::kAccumulators;
+  // True if row(i) is not the i-th vector of rows, but the i-th one of DealtRows.
+  static constexpr bool kDealt = kBits == 2 && !std::is_void_v<typename S::DealtRows>;
 
   Quad quads[kQuads > 0 ? kQuads : 1];
   Pair pair;
@@ -43,6 +45,7 @@ struct PlaneSums {
   // (85 * 127 + 51) * (2^8 - 1) < 2^22; exact tables: each part <= 16 * 4 * 127 * (2^8 - 1), and so
   // |255 * high + low| < 2^30.
   typename S::I row(int i) const {
+    if constexpr (kDealt) return pair.rows(i);
     typename S::I total = S::zero_i();
     if constexpr (kQuads > 0) total = quads[0].sum(i);
     if constexpr (kQuads > 1) total = S::template add_shifted<4>(total, quads[1].sum(i));
@@ -79,25 +82,28 @@ constexpr int tokens_together() {
   return tokens_fitting<S, PlaneSums<S, kBits, 2>::kAccumulators * kParts>();
 }
 
-// Calls segment(at, region, chunk, end) for the codes of each group in each region, chunks [chunk,
-// end) of the row, and group_end(constants) after those of a group.
-template <int64_t kChunkBytes, typename Segment, typename GroupEnd>
-inline void walk_groups(const LinearSpec& spec, const uint8_t* tile, const Segment& segment,
-                        const GroupEnd& group_end) {
+// Calls segment(at, region, chunk, end, begins, constants) for the codes of each group in each
+// region, chunks [chunk, end) of the row; `begins` where a group does, `constants` those of the
+// group that ends here, or null.
+template <int64_t kChunkBytes, typename Segment>
+inline void walk_groups(const LinearSpec& spec, const uint8_t* tile, const Segment& segment) {
   const int64_t n_groups = spec.n_groups(), full_chunks = spec.group_chunks();
   const int64_t scale_bytes = spec.scale_bytes();
   const uint8_t* at = tile;
   int64_t chunk = 0;
   for (int64_t g = 0; g < n_groups; ++g) {
+    const int64_t begin = chunk;
     const int64_t chunks_end = chunk + (g + 1 < n_groups ? full_chunks : spec.chunks_in(g));
     while (chunk < chunks_end) {
       const int64_t region = chunk / kRegionChunks, region_end = (region + 1) * kRegionChunks;
       const int64_t end = region_end < chunks_end ? region_end : chunks_end;
-      segment(at, region, chunk, end);
-      at += (end - chunk) * kChunkBytes;
+      const uint8_t* after = at + (end - chunk) * kChunkBytes;
+      const bool ends = end == chunks_end;
+      segment(at, region, chunk, end, chunk == begin,
+              ends ? reinterpret_cast<const uint16_t*>(after) : nullptr);
+      at = after;
       chunk = end;
     }
-    group_end(reinterpret_cast<const uint16_t*>(at));
     at += scale_bytes;
   }
 }
@@ -243,16 +249,28 @@ struct SegmentSums {
     }
   }
 
-  // Adds the sums of the activations of the chunks [chunk, end) of one region.
-  inline void add_activations(int64_t region, int64_t chunk, int64_t end,
+  // Adds the sums of the activations of the chunks [chunk, end) of one region, the first of a group
+  // or not.
+  inline void add_activations(int64_t region, int64_t chunk, int64_t end, bool begins,
                               float (&x_sum)[kTokens]) const {
+    const int64_t half = chunk / kHalfChunks;
+    if (end - chunk == kRegionChunks) {
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) {
-      if (end - chunk == kRegionChunks) {
-        x_sum[t] += luts[t].region_sum[region];
-      } else {
-        for (int64_t c = chunk; c < end; ++c) x_sum[t] += luts[t].chunk_sum[c];
+      for (int t = 0; t < kTokens; ++t) {
+        x_sum[t] = (begins ? 0 : x_sum[t]) + luts[t].region_sum[region];
       }
+    } else if (begins && chunk % kHalfChunks == 0 && end - chunk == kHalfChunks) {
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) x_sum[t] = luts[t].half_sum[half];
+    } else {
+      add_chunk_sums(chunk, end, begins, x_sum);
+    }
+  }
+  __attribute__((noinline)) void add_chunk_sums(int64_t chunk, int64_t end, bool begins,
+                                                float (&x_sum)[kTokens]) const {
+    for (int t = 0; t < kTokens; ++t) {
+      if (begins) x_sum[t] = 0;
+      for (int64_t c = chunk; c < end; ++c) x_sum[t] += luts[t].chunk_sum[c];
     }
   }
 };
@@ -274,48 +292,74 @@ struct TileProduct {
     const float centre = constant_zero ? kHalf - spec.zero : kHalf;
     const SegmentSums<S, kBits, kParts, kTokens, kChunkBytes> sums{luts};
 
+    // Several tokens have no registers for all this: it is read where it is needed.
+    const F none[kTokens][kVectors] = {};
     F acc[kTokens][kVectors], group[kTokens][kVectors];
-    for (int t = 0; t < kTokens; ++t) {
-      for (int i = 0; i < kVectors; ++i) acc[t][i] = group[t][i] = S::set(0);
+    for (auto& token : acc) {
+      for (F& value : token) value = S::set(0);
     }
     float x_sum[kTokens] = {};
-    const auto segment = [&](const uint8_t* at, int64_t region, int64_t chunk, int64_t end) {
+    const auto segment = [&](const uint8_t* at, int64_t region, int64_t chunk, int64_t end,
+                             bool begins, const uint16_t* scales) {
       I rows[kTokens][kVectors];
       sums.add(at, at, chunk, end, rows);
-      sums.add_activations(region, chunk, end, x_sum);
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) {
-        const F unit = S::set(luts[t].half_unit[region]);
-#pragma GCC unroll 8
-        for (int i = 0; i < kVectors; ++i) {
-          group[t][i] = S::fma(S::to_float(rows[t][i]), unit, group[t][i]);
-        }
+      sums.add_activations(region, chunk, end, begins, x_sum);
+      const F(*before)[kVectors] = begins ? none : group;
+      const float* x_sums = x_sum;
+      asm volatile("" : "+r"(before), "+r"(x_sums) : : "memory");
+      // finish(token, vector, sum of the group so far)
+      const auto flush = [&](const auto& finish) {
+        repeat<kTokens>([&](auto t) {
+          const F unit = S::set(luts[t].half_unit[region]);
+          repeat<kVectors>(
+              [&](auto i) { finish(t, i, S::fma(S::to_float(rows[t][i]), unit, before[t][i])); });
+        });
+      };
+      if (scales == nullptr) {
+        flush([&](int t, int i, F value) { group[t][i] = value; });
+        return;
+      }
+      const F centres = S::set(centre);
+      const auto centred = [&](int t, F value) {
+        return S::add(value, S::mul(centres, S::set(x_sums[t])));
+      };
+      const Constants scale(scales);
+      if (spec.offset_kind == OffsetKind::kNone) {
+        flush([&](int t, int i, F value) {
+          acc[t][i] = S::fma(scale.values[i], centred(t, value), acc[t][i]);
+        });
+        return;
+      }
+      const Constants stored(scales + kTileRows);
+      if (spec.offset_kind == OffsetKind::kOffset) {
+        flush([&](int t, int i, F value) {
+          const F total = S::fma(stored.values[i], S::set(x_sums[t]), acc[t][i]);
+          acc[t][i] = S::fma(scale.values[i], centred(t, value), total);
+        });
+      } else {
+        flush([&](int t, int i, F value) {
+          value = S::sub(centred(t, value), S::mul(stored.values[i], S::set(x_sums[t])));
+          acc[t][i] = S::fma(scale.values[i], value, acc[t][i]);
+        });
       }
     };
-    const auto group_end = [&](const uint16_t* scales) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kVectors; ++i) {
-        const F scale = S::load_half(scales + i * S::kFloats);
-        F stored = scale;
-        if (!constant_zero) stored = S::load_half(scales + kTileRows + i * S::kFloats);
-#pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) {
-          const F sum = S::set(x_sum[t]);
-          F value = S::add(group[t][i], S::set(centre * x_sum[t]));
-          if (spec.offset_kind == OffsetKind::kOffset) {
-            acc[t][i] = S::fma(stored, sum, acc[t][i]);
-          } else if (spec.offset_kind == OffsetKind::kZero) {
-            value = S::sub(value, S::mul(stored, sum));
-          }
-          acc[t][i] = S::fma(scale, value, acc[t][i]);
-          group[t][i] = S::set(0);
-        }
-      }
-      for (float& sum : x_sum) sum = 0;
-    };
-    walk_groups<kChunkBytes>(spec, tile, segment, group_end);
+    walk_groups<kChunkBytes>(spec, tile, segment);
+    if constexpr (Sums::kDealt) {
+      for (auto& token : acc) S::DealtRows::gather(token);
+    }
     store_product<S>(acc, luts, y, stride);
   }
+
+ private:
+  using Sums = PlaneSums<S, kBits, kTokens>;
+  // The scales or the offsets of a group, in the order of the sums.
+  struct Constants {
+    F values[kVectors];
+    explicit Constants(const uint16_t* at) {
+      for (int i = 0; i < kVectors; ++i) values[i] = S::load_half(at + i * S::kFloats);
+      if constexpr (Sums::kDealt) S::DealtRows::deal(values);
+    }
+  };
 };
 
 template <typename S, int kBits, int kParts>

@@ -28,7 +28,8 @@ struct BcqProduct {
       }
     }
     float x_sum[kTokens] = {};
-    const auto segment = [&](const uint8_t* at, int64_t region, int64_t chunk, int64_t end) {
+    const auto segment = [&](const uint8_t* at, int64_t region, int64_t chunk, int64_t end,
+                             bool begins, const uint16_t* constants) {
       repeat<kBits>([&](auto p) {
         I rows[kTokens][kVectors];
         sums.add(at + p * kTileRows, at + p * (kHalfChunks * kTileRows), chunk, end, rows);
@@ -41,9 +42,8 @@ struct BcqProduct {
           }
         }
       });
-      sums.add_activations(region, chunk, end, x_sum);
-    };
-    const auto group_end = [&](const uint16_t* constants) {
+      sums.add_activations(region, chunk, end, begins, x_sum);
+      if (constants == nullptr) return;
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors; ++i) {
         repeat<kBits>([&](auto p) {
@@ -60,9 +60,8 @@ struct BcqProduct {
           acc[t][i] = S::fma(offset, S::set(x_sum[t]), acc[t][i]);
         }
       }
-      for (float& sum : x_sum) sum = 0;
     };
-    walk_groups<kChunkBytes>(spec, tile, segment, group_end);
+    walk_groups<kChunkBytes>(spec, tile, segment);
     store_product<S>(acc, luts, y, stride);
   }
 };

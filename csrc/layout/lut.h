@@ -86,6 +86,7 @@ struct LutView {
   uint32_t* multipliers;
   float* half_unit;         // half the unit of the sums: u = (2^b - 1)/2 + sum 2^(p-1) beta_p
   float* chunk_sum;         // [chunks] sum of x; not for ternary
+  float* half_sum;          // [halves] the chunks' sums, added up; likewise
   float* region_sum;        // sum of x; likewise
   const float* token_unit;  // factor of the product: the activations' unit where they have only one
 
@@ -94,6 +95,7 @@ struct LutView {
             multipliers + region * kRegionHalves * kMultiplierWords,
             half_unit + region,
             chunk_sum + region * kRegionChunks,
+            half_sum + region * kRegionHalves,
             region_sum + region,
             token_unit};
   }

@@ -60,11 +60,13 @@ void Decoder::Pass::store_keys_and_values(int64_t layer) {
   });
 }
 
-// Runs of up to `most` tokens of one sequence.
+// Runs of up to `most` tokens of one sequence that read the same positions in fp16.
 void Decoder::Pass::make_runs(int64_t most) {
   runs.clear();
   for (int64_t t = 0; t < n; ++t) {
-    const bool same = t > 0 && tokens[t].cache == tokens[t - 1].cache;
+    const bool same =
+        t > 0 && tokens[t].cache == tokens[t - 1].cache &&
+        (!tokens[t].cache->has_codes() || near_from(tokens[t].pos) == near_from(tokens[t - 1].pos));
     if (!same || t - runs.back() == most) runs.push_back(t);
   }
   runs.push_back(n);
@@ -123,8 +125,13 @@ AttendQueries Decoder::Pass::prepare(int64_t layer, const Piece& p) {
     turn_head(w, w.q_norm, t, a.q.data() + t * q_width + head * head_dim, turned);
     isa.prepare_query(shape, turned, q + i * shape.query_floats());
   }
-  return {
-      count, q, p.first, p.end, 1.0f / std::sqrt(config.query_scalar), config.attention_softcap};
+  return {count,
+          q,
+          p.first,
+          p.end,
+          near_from(tokens[p.first_token].pos),
+          1.0f / std::sqrt(config.query_scalar),
+          config.attention_softcap};
 }
 
 void Decoder::Pass::attend_part(int64_t layer, const Piece& p, const AttendQueries& queries,
@@ -167,7 +174,7 @@ void Decoder::Pass::attend_piece(int64_t layer, const Piece& p, float* states) {
 void Decoder::Pass::attend(int64_t layer, const InputPlan& o_plan) {
   const LayerWeights& w = weights.layers[static_cast<size_t>(layer)];
   const bool build_now = w.attn_sub_norm == nullptr && a.inputs.builds_early(o_plan, n) &&
-                         head_dim % weights_at_once(n) == 0;
+                         head_dim % o_plan.weights_at_once(n) == 0;
   const int64_t states_size = kMostQueries * a.attention.shape.state_floats();
   float* states = a.attention.states.data() + team.thread() * 2 * states_size;
   const int64_t pieces = static_cast<int64_t>(runs.size() - 1) * chunks();

@@ -40,11 +40,12 @@ void check_feed_forwards(const std::string& at, const DecoderConfig& config, con
 }
 
 // One for all where they are the same: the tables of a token then serve all experts.
-std::vector<FeedForwardPlans> plan_feed_forwards(const LayerWeights& w) {
+std::vector<FeedForwardPlans> plan_feed_forwards(const LayerWeights& w, Tables tables) {
+  const FewTokens few = w.router == nullptr ? FewTokens::kFastest : FewTokens::kTables;
   std::vector<FeedForwardPlans> plans;
   bool same = true;
   for (const FeedForward& f : w.feed_forwards) {
-    FeedForwardPlans its{InputPlan({f.gate, f.up}), InputPlan({f.down})};
+    FeedForwardPlans its{InputPlan(tables, {f.gate, f.up}, few), InputPlan(tables, {f.down}, few)};
     if (!plans.empty() && same) {
       same = its.gate_up == plans[0].gate_up && its.down == plans[0].down;
       if (same) continue;
@@ -100,10 +101,13 @@ void check_model(const DecoderConfig& config, const DecoderWeights& weights) {
 }  // namespace
 
 Decoder::Decoder(DecoderConfig config, DecoderWeights weights)
-    : config_(std::move(config)), weights_(std::move(weights)), head_plan_({weights_.lm_head}) {
+    : config_(std::move(config)),
+      weights_(std::move(weights)),
+      head_plan_(config_.head_tables, {weights_.lm_head}) {
   check_model(config_, weights_);
   for (const LayerWeights& w : weights_.layers) {
-    plans_.push_back({InputPlan({w.q, w.k, w.v}), InputPlan({w.o}), plan_feed_forwards(w)});
+    plans_.push_back({InputPlan(config_.tables, {w.q, w.k, w.v}), InputPlan(config_.tables, {w.o}),
+                      plan_feed_forwards(w, config_.tables)});
   }
   tokens_at_once_ = count_tokens_at_once(false);
   tokens_at_once_with_head_ = count_tokens_at_once(true);
@@ -130,12 +134,11 @@ int64_t Decoder::most_regions() const {
 }
 
 int64_t Decoder::count_tokens_at_once(bool all) const {
-  const Tables tables = config_.tables;
-  bool serve_rows = !all || head_plan_.serves_rows(config_.head_tables);
+  bool serve_rows = !all || head_plan_.serves_rows();
   bool prefer_tables = true;
   each_plan([&](const InputPlan& plan) {
-    serve_rows &= plan.serves_rows(tables);
-    prefer_tables &= plan.prefers_tables(tables);
+    serve_rows &= plan.serves_rows();
+    prefer_tables &= plan.prefers_tables();
   });
   return serve_rows && !prefer_tables ? kTokensAtOnce : kTableTokens;
 }
@@ -179,6 +182,16 @@ std::vector<Token> Decoder::check_batch(const std::vector<Sequence>& batch) cons
   return tokens;
 }
 
+// At most `end`.
+int64_t Decoder::end_of_pass(const std::vector<Token>& tokens, int64_t first, int64_t end) {
+  const auto at = [&](int64_t t) -> const Token& { return tokens[static_cast<size_t>(t)]; };
+  for (int64_t t = first, begin = first; t < end; ++t) {
+    if (at(t).cache != at(begin).cache) begin = t;
+    if (at(t).pos >= at(t).cache->end_of_pass(at(begin).pos)) return t;
+  }
+  return end;
+}
+
 void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool, float* logits,
                       StepTimes* times) {
   kernels();  // throws, if it must, before the threads set out
@@ -207,8 +220,8 @@ void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& 
       std::min(n, all || batch.size() > 1 ? tokens_at_once_with_head_ : tokens_at_once_);
   std::unique_ptr<Activations> activations = take_activations(at_once, pool.threads(), longest);
   size_t output = 0;
-  for (int64_t first = 0; first < n; first += at_once) {
-    const int64_t end = std::min(first + at_once, n);
+  for (int64_t first = 0, end = 0; first < n; first = end) {
+    end = end_of_pass(tokens, first, std::min(first + at_once, n));
     const size_t here = output;
     while (output < outputs.size() && outputs[output] < end) ++output;
     const auto count = static_cast<int64_t>(output - here);

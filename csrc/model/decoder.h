@@ -128,6 +128,8 @@ class Decoder {
  private:
   struct Pass;
   std::vector<Token> check_batch(const std::vector<Sequence>& batch) const;
+  // Where a pass of tokens from `first` on ends that their caches have room for.
+  static int64_t end_of_pass(const std::vector<Token>& tokens, int64_t first, int64_t end);
   // Calls visit(InputPlan) for the plans of all layers.
   template <typename Visit>
   void each_plan(const Visit& visit) const;

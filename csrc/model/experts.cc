@@ -11,7 +11,7 @@ void Decoder::Pass::mix_experts(size_t layer) {
   const LayerWeights& w = weights.layers[layer];
   const LayerPlans& plans = model.plans_[layer];
   ExpertSlots& slots = a.slots[layer];
-  const bool together = reads_tables(n) && plans.feed_forwards.size() == 1;
+  const bool together = n <= kTableTokens && plans.feed_forwards.size() == 1;
   route(w, plans, together, &slots);
   if (together) {
     run_experts_together(w, plans.feed_forwards[0], slots);
@@ -55,7 +55,7 @@ void Decoder::Pass::run_experts_together(const LayerWeights& w, const FeedForwar
   const int64_t width = w.feed_forwards[0].gate.spec.m;
   const int64_t n_tiles = w.feed_forwards[0].gate.spec.n_tiles();
   const bool build_now = a.down_inputs.builds_early(plans.down, n);
-  const int64_t at_once = weights_at_once(n) / kTileRows;
+  const int64_t at_once = plans.gate_up.weights_at_once(n) / kTileRows;
   const int64_t pieces = ceil_div(n_tiles, at_once);
   const auto groups = static_cast<int64_t>(slots.used.size());
   team.parallel_for(groups * pieces, [&](int64_t begin, int64_t end) {
@@ -111,11 +111,12 @@ void Decoder::Pass::run_expert(const LayerWeights& w, const LayerPlans& layer_pl
   norm_into_inputs(a.x.data(), w.feed_forward_norm, hidden, plans.gate_up, a.inputs, count,
                    [&](int64_t i) { return its_tokens[i]; });
   multiply_gated(f, plans, nullptr, count);
-  for_tiles(team, f.down.spec.n_tiles(), tiles_at_once(count), [&](int64_t begin, int64_t end) {
-    multiply_tiles(team, f.down, a.down_inputs, plans.down, 0, count, begin, end, a.delta.data(),
-                   hidden);
-    add_weighed(slots, group, 0, begin * kTileRows, std::min(end * kTileRows, hidden));
-  });
+  for_tiles(team, f.down.spec.n_tiles(), plans.down.tiles_at_once(count),
+            [&](int64_t begin, int64_t end) {
+              multiply_tiles(team, f.down, a.down_inputs, plans.down, 0, count, begin, end,
+                             a.delta.data(), hidden);
+              add_weighed(slots, group, 0, begin * kTileRows, std::min(end * kTileRows, hidden));
+            });
 }
 
 // Rows [begin, end) of mixed += weight * delta for the tokens of a group, which begin at that row

@@ -24,7 +24,8 @@ void Decoder::Pass::multiply_gated(const FeedForward& f, const FeedForwardPlans&
   const bool build_now = sub_norm == nullptr && a.down_inputs.builds_early(plans.down, count);
   // As many tiles as make what is built at once of the next product's input.
   static_assert(kRowRegionsWeights % (kTilesAtOnce * kTileRows) == 0);
-  const int64_t at_once = build_now ? weights_at_once(count) / kTileRows : tiles_at_once(count);
+  const int64_t at_once = build_now ? plans.down.weights_at_once(count) / kTileRows
+                                    : plans.gate_up.tiles_at_once(count);
   for_tiles(team, f.gate.spec.n_tiles(), at_once, [&](int64_t begin, int64_t end) {
     const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, width);
     multiply_tiles(team, f.gate, a.inputs, plans.gate_up, 0, count, begin, end, a.gate.data(),

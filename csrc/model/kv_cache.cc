@@ -1,5 +1,6 @@
 #include "model/kv_cache.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -9,6 +10,7 @@
 #define NOMINMAX
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>
+#undef near
 #else
 #include <sys/mman.h>
 #endif
@@ -67,22 +69,38 @@ KvCache::KvCache(int64_t n_layers, int64_t n_kv_heads, int64_t head_dim, int64_t
 KvCache::~KvCache() { give_back(data_, static_cast<size_t>(nbytes())); }
 
 int64_t KvCache::head_bytes() const {
-  const int64_t scales = shape_.scales(shape_.keys) + shape_.scales(shape_.values);
+  const int64_t ranges = shape_.ranges(shape_.keys) + shape_.ranges(shape_.values);
+  const int64_t near = shape_.near_bytes(shape_.keys) + shape_.near_bytes(shape_.values);
   return capacity_ * (shape_.vector_bytes(shape_.keys) + shape_.vector_bytes(shape_.values) +
-                      scales * static_cast<int64_t>(sizeof(uint16_t)));
+                      ranges * static_cast<int64_t>(sizeof(uint16_t))) +
+         near_positions() * near;
 }
 
 KvHead KvCache::head(int64_t layer, int64_t kv_head) {
   uint8_t* keys = data_ + (layer * n_kv_heads_ + kv_head) * head_bytes();
   uint8_t* values = keys + capacity_ * shape_.vector_bytes(shape_.keys);
-  auto* scales =
-      reinterpret_cast<uint16_t*>(values + capacity_ * shape_.vector_bytes(shape_.values));
-  return {keys, values, scales, scales + capacity_ * shape_.scales(shape_.keys), capacity_};
+  uint8_t* near_keys = values + capacity_ * shape_.vector_bytes(shape_.values);
+  uint8_t* near_values = near_keys + near_positions() * shape_.near_bytes(shape_.keys);
+  auto* ranges = reinterpret_cast<uint16_t*>(near_values +
+                                             near_positions() * shape_.near_bytes(shape_.values));
+  return {keys,        values, near_keys,
+          near_values, ranges, ranges + capacity_ * shape_.ranges(shape_.keys),
+          capacity_};
+}
+
+int64_t KvCache::end_of_pass(int64_t pos) const {
+  return has_codes() ? near_from(pos) + kNear : n_ctx_;
+}
+
+void KvCache::advance(int64_t n) {
+  pos_ += n;
+  near_held_ = std::max(near_held_, round_up(pos_, kAttendBlock) - kNear);
 }
 
 void KvCache::truncate(int64_t pos) {
   check_argument(pos >= 0 && pos <= pos_, "cannot truncate to ", pos, ": the cache holds ", pos_,
                  " tokens");
+  if (has_codes() && near_from(pos) < near_held_) pos = near_held_ = near_from(pos);
   pos_ = pos;
 }
 

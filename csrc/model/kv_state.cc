@@ -8,7 +8,7 @@
 namespace tmac {
 namespace {
 
-constexpr char kMagic[8] = {'T', 'M', 'A', 'C', 'K', 'V', '1', 0};
+constexpr char kMagic[8] = {'T', 'M', 'A', 'C', 'K', 'V', '2', 0};
 
 struct StateHeader {
   char magic[8];
@@ -16,35 +16,41 @@ struct StateHeader {
 };
 static_assert(sizeof(StateHeader) == 64);
 
-// Zeros at the positions of a block of keys that are not held, from `held` on.
-void clear_lanes(const KvShape& shape, uint8_t* block, int64_t held) {
-  const int64_t bytes = shape.keys == KvType::kF16 ? 2 : 1, row = kKeyBlock * bytes;
-  const int64_t rows = kKeyBlock * shape.vector_bytes(shape.keys) / row;
-  for (int64_t i = 0; i < rows; ++i) {
-    std::memset(block + i * row + held * bytes, 0, static_cast<size_t>(row - held * bytes));
+// Zeros at the positions of a block of keys that are not held, from `held` on. Rows of a block are
+// numbers of `bytes` bytes of its positions.
+void clear_lanes(uint8_t* block, int64_t size, int64_t bytes, int64_t held) {
+  const int64_t row = kKeyBlock * bytes, begin = held * bytes;
+  for (int64_t i = 0; i < size; i += row) {
+    std::memset(block + i + begin, 0, static_cast<size_t>(row - begin));
   }
 }
 
 }  // namespace
 
-void KvCache::each_run(int64_t layer, int64_t kv_head, int64_t pos,
-                       const std::function<void(uint8_t*, int64_t)>& visit) {
+std::vector<KvCache::Run> KvCache::runs(int64_t layer, int64_t kv_head, int64_t pos) {
   const KvHead at = head(layer, kv_head);
-  visit(at.keys, round_up(pos, kKeyBlock) * shape_.vector_bytes(shape_.keys));
-  visit(at.values, pos * shape_.vector_bytes(shape_.values));
-  const auto scales = [&](uint16_t* first, int64_t count) {
+  const int64_t near = near_from(pos), first_near = near % kNear;
+  const int64_t key = shape_.vector_bytes(shape_.keys), near_key = shape_.near_bytes(shape_.keys);
+  const int64_t near_value = shape_.near_bytes(shape_.values);
+  std::vector<Run> all{
+      {at.keys, round_up(pos, kKeyBlock) * key, kKeyBlock * key, kv_scaled(shape_.keys) ? 1 : 2},
+      {at.values, pos * shape_.vector_bytes(shape_.values)},
+      {at.near_keys + first_near * near_key, round_up(pos - near, kKeyBlock) * near_key,
+       kKeyBlock * near_key, 2},
+      {at.near_values + first_near * near_value, (pos - near) * near_value}};
+  const auto ranges = [&](uint16_t* first, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      visit(reinterpret_cast<uint8_t*>(first + i * at.capacity), pos * 2);
+      all.push_back({reinterpret_cast<uint8_t*>(first + i * at.capacity), pos * 2});
     }
   };
-  scales(at.key_scales, shape_.scales(shape_.keys));
-  scales(at.value_scales, shape_.scales(shape_.values));
+  ranges(at.key_ranges, shape_.ranges(shape_.keys));
+  ranges(at.value_ranges, shape_.ranges(shape_.values));
+  return all;
 }
 
-int64_t KvCache::state_bytes() const {
-  const int64_t scales = shape_.scales(shape_.keys) + shape_.scales(shape_.values);
-  const int64_t of_head = round_up(pos_, kKeyBlock) * shape_.vector_bytes(shape_.keys) +
-                          pos_ * (shape_.vector_bytes(shape_.values) + scales * 2);
+int64_t KvCache::state_bytes() {
+  int64_t of_head = 0;
+  for (const Run& run : runs(0, 0, pos_)) of_head += run.size;
   return static_cast<int64_t>(sizeof(StateHeader)) + n_layers_ * n_kv_heads_ * of_head;
 }
 
@@ -60,14 +66,13 @@ void KvCache::write_state(uint8_t* out) {
   std::memcpy(header.magic, kMagic, sizeof(kMagic));
   std::memcpy(out, &header, sizeof(header));
   out += sizeof(header);
-  const int64_t block = kKeyBlock * shape_.vector_bytes(shape_.keys);
+  const int64_t held = pos_ % kKeyBlock;
   for (int64_t i = 0; i < n_layers_ * n_kv_heads_; ++i) {
-    uint8_t* keys_end = out + ceil_div(pos_, kKeyBlock) * block;
-    each_run(i / n_kv_heads_, i % n_kv_heads_, pos_, [&](uint8_t* run, int64_t size) {
-      std::memcpy(out, run, static_cast<size_t>(size));
-      out += size;
-    });
-    if (pos_ % kKeyBlock != 0) clear_lanes(shape_, keys_end - block, pos_ % kKeyBlock);
+    for (const Run& run : runs(i / n_kv_heads_, i % n_kv_heads_, pos_)) {
+      std::memcpy(out, run.data, static_cast<size_t>(run.size));
+      out += run.size;
+      if (run.block != 0 && held != 0) clear_lanes(out - run.block, run.block, run.bytes, held);
+    }
   }
 }
 
@@ -96,13 +101,14 @@ void KvCache::read_state(const uint8_t* state, int64_t size) {
   if (size != expected) pos_ = before;
   check_argument(size == expected, "a KV state of ", header.pos, " tokens has ", expected,
                  " bytes, not ", size);
+  near_held_ = near_from(header.pos);
   long_rope_ = header.long_rope == 1;
   state += sizeof(header);
   for (int64_t i = 0; i < n_layers_ * n_kv_heads_; ++i) {
-    each_run(i / n_kv_heads_, i % n_kv_heads_, pos_, [&](uint8_t* run, int64_t run_size) {
-      std::memcpy(run, state, static_cast<size_t>(run_size));
-      state += run_size;
-    });
+    for (const Run& run : runs(i / n_kv_heads_, i % n_kv_heads_, pos_)) {
+      std::memcpy(run.data, state, static_cast<size_t>(run.size));
+      state += run.size;
+    }
   }
 }
 
@@ -112,15 +118,14 @@ std::unique_ptr<KvCache> KvCache::fork(int64_t n_ctx) {
   auto copy = std::make_unique<KvCache>(n_layers_, n_kv_heads_, shape_.head_dim, n_ctx, shape_.keys,
                                         shape_.values);
   copy->pos_ = pos_.load();
+  copy->near_held_ = near_from(pos_);
   copy->long_rope_ = long_rope_;
   for (int64_t i = 0; i < n_layers_ * n_kv_heads_; ++i) {
-    std::vector<uint8_t*> targets;
-    copy->each_run(i / n_kv_heads_, i % n_kv_heads_, pos_,
-                   [&](uint8_t* run, int64_t) { targets.push_back(run); });
-    size_t next = 0;
-    each_run(i / n_kv_heads_, i % n_kv_heads_, pos_, [&](const uint8_t* run, int64_t size) {
-      std::memcpy(targets[next++], run, static_cast<size_t>(size));
-    });
+    const auto from = runs(i / n_kv_heads_, i % n_kv_heads_, pos_);
+    const auto to = copy->runs(i / n_kv_heads_, i % n_kv_heads_, pos_);
+    for (size_t run = 0; run < from.size(); ++run) {
+      std::memcpy(to[run].data, from[run].data, static_cast<size_t>(from[run].size));
+    }
   }
   return copy;
 }

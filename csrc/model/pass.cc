@@ -83,7 +83,7 @@ void Decoder::Pass::add_bias(const float* bias, int64_t count, int64_t begin, in
 // All products of one input, their tiles dealt out together.
 void Decoder::Pass::multiply(Inputs& inputs, const InputPlan& plan,
                              std::initializer_list<Product> products, int64_t count) {
-  const int64_t at_once = tiles_at_once(count);
+  const int64_t at_once = plan.tiles_at_once(count);
   const auto pieces_of = [&](const Product& p) { return ceil_div(p.w.spec.n_tiles(), at_once); };
   int64_t pieces = 0;
   for (const Product& p : products) pieces += pieces_of(p);
@@ -106,7 +106,7 @@ void Decoder::Pass::multiply(Inputs& inputs, const InputPlan& plan,
 // x += w . input + bias, or the norm of that.
 void Decoder::Pass::multiply_add(const Linear& w, const float* bias, const float* out_norm,
                                  Inputs& inputs, const InputPlan& plan) {
-  for_tiles(team, w.spec.n_tiles(), tiles_at_once(n), [&](int64_t begin, int64_t end) {
+  for_tiles(team, w.spec.n_tiles(), plan.tiles_at_once(n), [&](int64_t begin, int64_t end) {
     multiply_tiles(team, w, inputs, plan, 0, n, begin, end, a.delta.data(), hidden);
     const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, hidden);
     add_bias(bias, n, row, row_end, a.delta.data(), hidden);

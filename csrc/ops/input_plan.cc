@@ -39,28 +39,36 @@ bool prefers_tables_for(const LinearSpec& spec, Tables tables) {
   return spec.encoding == Encoding::kUniform && spec.bits == 1 && tables == Tables::kInt8;
 }
 
+// Tokens up to which tables are faster than the integers that give the same bits (docs/kernels.md),
+// or kTableTokens. Integers of Tables::kInt8 give other bits.
+int64_t most_table_tokens(const LinearSpec& spec, Tables tables) {
+  if (spec.encoding != Encoding::kUniform || tables == Tables::kInt8) return kTableTokens;
+  if (tables == Tables::kExact) return spec.bits <= 2 ? kTableTokens : 5;
+  return spec.bits == 1 ? kTableTokens : spec.bits == 2 ? 5 : 3;
+}
+
 }  // namespace
 
-InputPlan::InputPlan(std::initializer_list<Linear> readers) : k_(readers.begin()->spec.k) {
-  std::fill(std::begin(serves_rows_), std::end(serves_rows_), true);
-  std::fill(std::begin(prefers_tables_), std::end(prefers_tables_), true);
+InputPlan::InputPlan(Tables tables, std::initializer_list<Linear> readers, FewTokens few)
+    : k_(readers.begin()->spec.k) {
+  int64_t most_tables = 0;
   for (const Linear& w : readers) {
     tables_.add_reader(InputShape::of_tables(w));
     rows_.add_reader(InputShape::of_rows(w));
     cuts_regions_ |= tmac::cuts_regions(w.spec);
     shares_units_ &= can_share_units(w.spec);
-    for (int kind = 0; kind < kTableKinds; ++kind) {
-      serves_rows_[kind] &= tmac::serves_rows(w.spec, static_cast<Tables>(kind));
-      prefers_tables_[kind] &= prefers_tables_for(w.spec, static_cast<Tables>(kind));
-    }
+    serves_rows_ &= tmac::serves_rows(w.spec, tables);
+    prefers_tables_ &= prefers_tables_for(w.spec, tables);
+    most_tables = std::max(most_tables, most_table_tokens(w.spec, tables));
   }
+  if (few == FewTokens::kFastest && serves_rows_) table_tokens_ = most_tables;
 }
 
 bool InputPlan::operator==(const InputPlan& o) const {
   return k_ == o.k_ && tables_ == o.tables_ && rows_ == o.rows_ &&
-         std::equal(std::begin(serves_rows_), std::end(serves_rows_), o.serves_rows_) &&
-         std::equal(std::begin(prefers_tables_), std::end(prefers_tables_), o.prefers_tables_) &&
-         cuts_regions_ == o.cuts_regions_ && shares_units_ == o.shares_units_;
+         table_tokens_ == o.table_tokens_ && serves_rows_ == o.serves_rows_ &&
+         prefers_tables_ == o.prefers_tables_ && cuts_regions_ == o.cuts_regions_ &&
+         shares_units_ == o.shares_units_;
 }
 
 // The activations of a shape's piece. x [shape.k] -> out [piece_weights].

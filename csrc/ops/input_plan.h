@@ -9,13 +9,12 @@
 
 namespace tmac {
 
-// Products of up to this many tokens look up tables; those of more unpack the weights and multiply
-// them with integers. Who cannot, or had better not, takes no more tokens at once.
+// Products of more tokens unpack the weights and multiply them with integers; those of up to this
+// many look up tables, unless integers give the same bits sooner. Who cannot multiply integers, or
+// had better not, takes no more tokens at once.
 constexpr int64_t kTableTokens = 16;
 // Tokens whose inputs are built and read together: weights stream past once for all of them.
 constexpr int64_t kTokensAtOnce = 512;
-
-constexpr bool reads_tables(int64_t n_tokens) { return n_tokens <= kTableTokens; }
 
 // What is built at once from the activations.
 enum class Piece {
@@ -139,12 +138,26 @@ class InputRegions {
   int64_t size_ = 0;
 };
 
+// Who decides whether products of up to kTableTokens tokens look up tables.
+enum class FewTokens { kTables, kFastest };
+
 // What the readers of one activation vector of k need of it, as tables and as integers.
 class InputPlan {
  public:
-  InputPlan(std::initializer_list<Linear> readers);
+  InputPlan(Tables tables, std::initializer_list<Linear> readers,
+            FewTokens few = FewTokens::kFastest);
 
   int64_t k() const { return k_; }
+  // True if products of so many tokens look up tables, else they multiply integers.
+  bool reads_tables(int64_t n_tokens) const { return n_tokens <= table_tokens_; }
+  // Tiles that one product works on together: what threads should be dealt.
+  int64_t tiles_at_once(int64_t n_tokens) const {
+    return reads_tables(n_tokens) ? 1 : kTilesAtOnce;
+  }
+  // Weights whose inputs are built together, if they are contiguous.
+  int64_t weights_at_once(int64_t n_tokens) const {
+    return reads_tables(n_tokens) ? kRegionWeights : kRowRegionsWeights;
+  }
   // True if what is built for the readers of one serves those of the other.
   bool operator==(const InputPlan& o) const;
   const InputRegions& regions(int64_t n_tokens) const {
@@ -154,9 +167,9 @@ class InputPlan {
   int64_t most_regions() const {
     return tables_.size() > rows_.size() ? tables_.size() : rows_.size();
   }
-  // True if all readers can multiply integers of that kind; if all are faster with tables.
-  bool serves_rows(Tables tables) const { return serves_rows_[static_cast<int>(tables)]; }
-  bool prefers_tables(Tables tables) const { return prefers_tables_[static_cast<int>(tables)]; }
+  // True if all readers can multiply integers; if all are faster with tables.
+  bool serves_rows() const { return serves_rows_; }
+  bool prefers_tables() const { return prefers_tables_; }
   // True if groups of a reader end within a region of integers; if regions share units.
   bool cuts_regions() const { return cuts_regions_; }
   bool shares_units() const { return shares_units_; }
@@ -164,7 +177,8 @@ class InputPlan {
  private:
   int64_t k_;
   InputRegions tables_, rows_;
-  bool serves_rows_[kTableKinds], prefers_tables_[kTableKinds];
+  int64_t table_tokens_ = kTableTokens;
+  bool serves_rows_ = true, prefers_tables_ = true;
   bool cuts_regions_ = false, shares_units_ = true;
 };
 

@@ -11,19 +11,22 @@ Luts::Luts(Tables tables, int64_t max_regions, int64_t max_tokens)
       multipliers_(max_tokens * max_regions * kRegionHalves * kMultiplierWords),
       half_unit_(max_tokens * max_regions),
       chunk_sum_(max_tokens * max_regions * kRegionChunks),
+      half_sum_(max_tokens * max_regions * kRegionHalves),
       region_sum_(max_tokens * max_regions),
       token_unit_(max_tokens) {}
 
 LutView Luts::view(int64_t token, int64_t first_region) {
-  const LutView all{entries_.data(),   multipliers_.data(), half_unit_.data(),
-                    chunk_sum_.data(), region_sum_.data(),  &token_unit(token)};
+  const LutView all{entries_.data(),  multipliers_.data(), half_unit_.data(), chunk_sum_.data(),
+                    half_sum_.data(), region_sum_.data(),  &token_unit(token)};
   return all.from_region(token * max_regions_ + first_region, parts_);
 }
 
 Rows::Rows(Tables tables, int64_t max_regions, int64_t max_tokens, int64_t threads)
     : parts_(row_parts(tables)),
       max_regions_(max_regions),
-      max_blocks_(reads_tables(max_tokens) ? 0 : RowBlocks{max_tokens}.n_blocks()),
+      max_blocks_(max_tokens <= kTableTokens && tables == Tables::kInt8
+                      ? 0
+                      : RowBlocks{max_tokens}.n_blocks()),
       regions_(max_blocks_ * max_regions * RowView::region_bytes(parts_)),
       chunks_(max_blocks_ * max_regions),
       token_unit_(max_blocks_ * kTokenLanes),
@@ -65,14 +68,15 @@ float Inputs::choose_unit(const InputPlan& plan, int64_t n_tokens, int64_t token
     to_units = vanishes ? 0 : kRange / limit;
   }
   if (stores) {
-    (reads_tables(n_tokens) ? luts_.token_unit(token) : rows_.token_unit(n_tokens, token)) = unit;
+    (plan.reads_tables(n_tokens) ? luts_.token_unit(token) : rows_.token_unit(n_tokens, token)) =
+        unit;
   }
   return to_units;
 }
 
 void Inputs::build_piece(const InputPlan& plan, int64_t n_tokens, int64_t token, RowPlace place,
                          float to_units, const PieceInput& piece) {
-  if (reads_tables(n_tokens)) {
+  if (plan.reads_tables(n_tokens)) {
     const Kernels& isa = kernels();
     const auto build = piece.ternary ? isa.build_ternary_region : isa.build_region;
     build(piece.values, tables_, to_units, luts_.view(token, piece.region));
@@ -104,7 +108,7 @@ void Inputs::build_all(Team& team, const InputPlan& plan, int64_t n_tokens, cons
                        int64_t stride) {
   // Tokens whose numbers stand side by side are built together.
   const RowBlocks blocks{n_tokens};
-  const bool apart = reads_tables(n_tokens);
+  const bool apart = plan.reads_tables(n_tokens);
   const int64_t n_blocks = apart ? n_tokens : blocks.n_blocks();
   const InputRegions& regions = plan.regions(n_tokens);
   const int64_t n_regions = regions.size(), places = ternary_places();

@@ -9,15 +9,6 @@
 
 namespace tmac {
 
-// Tiles that one product works on together: what threads should be dealt.
-constexpr int64_t tiles_at_once(int64_t n_tokens) {
-  return reads_tables(n_tokens) ? 1 : kTilesAtOnce;
-}
-// Weights whose inputs are built together, if they are contiguous.
-constexpr int64_t weights_at_once(int64_t n_tokens) {
-  return reads_tables(n_tokens) ? kRegionWeights : kRowRegionsWeights;
-}
-
 // Memory for the tables of several tokens.
 class Luts {
  public:
@@ -34,6 +25,7 @@ class Luts {
   AlignedBuffer<uint32_t> multipliers_;
   AlignedBuffer<float> half_unit_;
   AlignedBuffer<float> chunk_sum_;
+  AlignedBuffer<float> half_sum_;
   AlignedBuffer<float> region_sum_;
   AlignedBuffer<float> token_unit_;  // [max_tokens]
 };
@@ -64,7 +56,7 @@ class Inputs {
          int64_t most_tables = 0);
 
   Tables tables() const { return tables_; }
-  // True if weights_at_once can be built before other activations are known.
+  // True if plan.weights_at_once can be built before other activations are known.
   bool builds_early(const InputPlan& plan, int64_t n_tokens) const {
     return plan.regions(n_tokens).contiguous() && tables_ != Tables::kExact8;
   }
@@ -72,7 +64,7 @@ class Inputs {
   // [k].
   void build(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t begin, int64_t end,
              const float* x);
-  // Builds the regions of weights [begin, end), multiples of weights_at_once or k. Needs
+  // Builds the regions of weights [begin, end), multiples of plan.weights_at_once or k. Needs
   // builds_early().
   void build_weights(const InputPlan& plan, int64_t n_tokens, int64_t token, int64_t begin,
                      int64_t end, const float* x) {

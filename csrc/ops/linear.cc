@@ -51,7 +51,7 @@ void multiply_tiles(const Team& team, const Linear& w, Inputs& inputs, const Inp
                     size_t reader, int64_t n_tokens, int64_t tile_begin, int64_t tile_end, float* y,
                     int64_t stride) {
   const int64_t first_region = plan.regions(n_tokens).first(reader);
-  if (reads_tables(n_tokens)) {
+  if (plan.reads_tables(n_tokens)) {
     look_up(
         w, inputs, first_region, [](int64_t i) { return i; }, n_tokens, tile_begin, tile_end, y,
         stride);
@@ -74,8 +74,8 @@ void multiply_tiles(const Team& team, const Linear& w, Inputs& inputs, const Inp
 void linear_forward(const Linear& w, Tables tables, const float* x, int64_t n, float* y,
                     ThreadPool& pool) {
   kernels();  // throws, if it must, before the threads set out
-  const InputPlan plan({w});
-  const bool looks_up = !plan.serves_rows(tables) || plan.prefers_tables(tables);
+  const InputPlan plan(tables, {w});
+  const bool looks_up = !plan.serves_rows() || plan.prefers_tables();
   const int64_t at_once = std::min(n, looks_up ? kTableTokens : kTokensAtOnce);
   Inputs inputs(tables, plan.most_regions(), at_once, pool.threads());
   const int64_t k = w.spec.k, m = w.spec.m;
@@ -83,7 +83,8 @@ void linear_forward(const Linear& w, Tables tables, const float* x, int64_t n, f
     for (int64_t first = 0; first < n; first += at_once) {
       const int64_t tokens = std::min(at_once, n - first);
       inputs.build_all(team, plan, tokens, x + first * k, k);
-      for_tiles(team, w.spec.n_tiles(), tiles_at_once(tokens), [&](int64_t begin, int64_t end) {
+      const int64_t tiles = plan.tiles_at_once(tokens);
+      for_tiles(team, w.spec.n_tiles(), tiles, [&](int64_t begin, int64_t end) {
         multiply_tiles(team, w, inputs, plan, 0, tokens, begin, end, y + first * m, m);
       });
     }

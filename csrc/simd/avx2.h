@@ -19,6 +19,7 @@ namespace {
 struct Avx2 {
   using Narrow = Avx2;
   using Ternary = Avx2;
+  using DealtRows = void;
   using B = __m256i;
   using I = __m256i;
   using W = __m256i;

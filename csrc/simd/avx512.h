@@ -84,7 +84,32 @@ struct Avx512 {
     return _mm512_set1_epi32(static_cast<int32_t>(multipliers[i]));
   }
 #ifdef __AVX512VNNI__
-  static I dot(I acc, B weights, B sums) { return _mm512_dpbusd_epi32(acc, weights, sums); }
+  // Not the intrinsic: GCC copies accumulators to and fro around it.
+  static I dot(I acc, B weights, B sums) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(sums));
+    return acc;
+  }
+  // Vector 0 holds rows 0-3 8-11 16-19 24-27, vector 1 those between them.
+  struct DealtRows {
+    alignas(64) static constexpr int64_t kOrder[2][8] = {{0, 1, 8, 9, 2, 3, 10, 11},
+                                                         {4, 5, 12, 13, 6, 7, 14, 15}};
+    static void deal(F (&v)[2]) {
+      const F even = _mm512_shuffle_f32x4(v[0], v[1], 0x88);
+      v[1] = _mm512_shuffle_f32x4(v[0], v[1], 0xdd);
+      v[0] = even;
+    }
+    static void gather(F (&v)[2]) {
+      const F first = gathered(v, 0);
+      v[1] = gathered(v, 1);
+      v[0] = first;
+    }
+
+   private:
+    static F gathered(const F (&v)[2], int i) {
+      return _mm512_castsi512_ps(_mm512_permutex2var_epi64(
+          _mm512_castps_si512(v[0]), _mm512_load_si512(kOrder[i]), _mm512_castps_si512(v[1])));
+    }
+  };
   // int32 sums of 32 rows. A dot product takes longer to come out than the next one takes to go in:
   // one token alone needs two chains of them, low and high tables apart.
   template <int kChains>
@@ -98,10 +123,8 @@ struct Avx512 {
     I rows(int v) const {
       return kChains == 1 ? acc[0][v] : _mm512_add_epi32(acc[0][v], acc[kChains - 1][v]);
     }
-    // Where vector 0 holds rows 0-3 8-11 16-19 24-27, and vector 1 those between them.
     I interleaved_rows(int i) const {
-      const I order = i == 0 ? _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11)
-                             : _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+      const I order = _mm512_load_si512(DealtRows::kOrder[i]);
       return _mm512_permutex2var_epi64(rows(0), order, rows(1));
     }
   };
@@ -119,6 +142,7 @@ struct Avx512 {
   };
   using Quad = QuadDots<2>;
 #else
+  using DealtRows = void;
   static I add_pairs(I acc, B weights, B sums) {
     return _mm512_add_epi16(acc, _mm512_maddubs_epi16(weights, sums));
   }
@@ -472,11 +496,7 @@ struct Avx512 {
   static constexpr int kDotVectors = 2;
 #ifdef __AVX512VNNI__
   static constexpr int kDotTokens = 12;
-  // Not the intrinsic: GCC copies accumulators to and fro around it.
-  static I multiply_fours(I sum, I codes, I q) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(q));
-    return sum;
-  }
+  static I multiply_fours(I sum, I codes, I q) { return dot(sum, codes, q); }
   template <int kBits, bool kCentred>
   using Dot = FoursDot<Avx512, kBits, kCentred>;
 #else

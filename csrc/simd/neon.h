@@ -15,6 +15,7 @@ namespace {
 struct Neon {
   using Narrow = Neon;
   using Ternary = Neon;
+  using DealtRows = void;
   using B = int8x16_t;
   using I = int32x4_t;
   using W = int16x8_t;

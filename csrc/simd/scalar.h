@@ -15,6 +15,7 @@ namespace {
 struct Scalar {
   using Narrow = Scalar;
   using Ternary = Scalar;
+  using DealtRows = void;
   struct B {
     int8_t v[16];
   };

@@ -22,22 +22,34 @@ from tmac_py.errors import (
 )
 
 if TYPE_CHECKING:
+    from tmac_py.conversation import Chat
     from tmac_py.generate import Result, Token
     from tmac_py.linear import LutLinear, mpgemm, quantize
     from tmac_py.model import Model
+    from tmac_py.options import AnswerOptions, GenerationOptions
     from tmac_py.quant import QuantTensor
+    from tmac_py.sampling import LogitsProcessor, SamplingParams
+    from tmac_py.scoring import Score
+    from tmac_py.session import Session
 
     __version__: str
 
 __all__ = [
+    "AnswerOptions",
+    "Chat",
     "ContextError",
     "DownloadError",
+    "GenerationOptions",
+    "LogitsProcessor",
     "LutLinear",
     "Model",
     "ModelFileError",
     "OptionError",
     "QuantTensor",
     "Result",
+    "SamplingParams",
+    "Score",
+    "Session",
     "TmacError",
     "Token",
     "UnsupportedError",
@@ -47,10 +59,17 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AnswerOptions": "tmac_py.options",
+    "Chat": "tmac_py.conversation",
+    "GenerationOptions": "tmac_py.options",
+    "LogitsProcessor": "tmac_py.sampling",
     "LutLinear": "tmac_py.linear",
     "Model": "tmac_py.model",
     "QuantTensor": "tmac_py.quant",
     "Result": "tmac_py.generate",
+    "SamplingParams": "tmac_py.sampling",
+    "Score": "tmac_py.scoring",
+    "Session": "tmac_py.session",
     "Token": "tmac_py.generate",
     "__version__": "tmac_py._core",
     "mpgemm": "tmac_py.linear",

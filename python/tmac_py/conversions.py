@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -182,6 +181,8 @@ def _is_readable(path: Path) -> bool:
 
 
 def _digest(value: object) -> str:
+    import hashlib  # of OpenSSL, which a run of a .lut does not need
+
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 

@@ -31,7 +31,7 @@ class Cache(Protocol):
         """Tokens it has room for."""
 
     def truncate(self, pos: int) -> None:
-        """Forget the tokens from ``pos`` on."""
+        """Forget the tokens from ``pos`` on, and maybe some before (docs/attention.md)."""
 
 
 CacheT_contra = TypeVar("CacheT_contra", bound=Cache, contravariant=True)

@@ -280,7 +280,13 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family("Gemma 2", _GEMMA, _gemma2, norm_offset=1.0),
     "gemma3_text": Family(
         "Gemma 3 (text)",
-        {**_GEMMA, "max_position_embeddings": 131072, "rope_theta": 1e6},
+        {
+            **_GEMMA,
+            "num_attention_heads": 8,
+            "vocab_size": 262208,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+        },
         _gemma3,
         norm_offset=1.0,
     ),

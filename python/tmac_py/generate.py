@@ -14,8 +14,9 @@ from tmac_py.sampling import Sampler
 from tmac_py.speculative import Drafter, Speculation, speculate
 from tmac_py.tokenizer import IncrementalDecoder
 
-FinishReason = Literal["stop", "length"]
-"""Why an answer ended: an end token or stop string, or ``max_tokens`` or the context reached."""
+FinishReason = Literal["stop", "length", "cancelled"]
+"""Why an answer ended: an end token or stop string; ``max_tokens`` or the context reached; or
+before its end, by the option ``cancel``, which only a Result says."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,21 @@ class Token:
         return self.timings.gen_tps
 
 
+@dataclass(frozen=True)
+class Step:
+    """One token of an answer, with the likeliest tokens in its place (id, log probability)."""
+
+    token: Token
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class Result(str):
     """A whole answer: the text, as a ``str``, with what is known about it.
 
     Attributes:
         ids: every generated token, an end token or the tokens of a stop string included.
         logprobs: one per id.
-        finish_reason: "stop" or "length".
+        finish_reason: "stop", "length", or "cancelled" for what came before it was.
         timings: counts and durations.
         seed: gives the same answer again, with the same model, prompt and parameters.
     """
@@ -102,18 +111,18 @@ class Result(str):
     seed: int
 
     def __new__(cls, tokens: Sequence[Token], seed: int) -> Result:
-        """Put the tokens of one finished generation together."""
-        last = tokens[-1]
+        """Put the tokens of one generation together."""
         self = super().__new__(cls, "".join([token.text for token in tokens]))
         self.ids = tuple(token.id for token in tokens)
         self.logprobs = tuple(token.logprob for token in tokens)
-        self.finish_reason = last.finish_reason or "length"
-        self.timings = last.timings
+        reason = tokens[-1].finish_reason if tokens else None
+        self.finish_reason = reason or "cancelled"
+        self.timings = tokens[-1].timings if tokens else Timings()
         self.seed = seed
         return self
 
     def __getnewargs__(self) -> tuple[list[Token], int]:  # type: ignore[override]
-        texts = [str(self), *[""] * (len(self.ids) - 1)]
+        texts = [str(self), *[""] * (len(self.ids) - 1)][: len(self.ids)]
         rows = zip(texts, self.ids, self.logprobs, strict=True)
         return [Token(*row, self.finish_reason, self.timings) for row in rows], self.seed
 

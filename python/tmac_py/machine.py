@@ -1,4 +1,4 @@
-"""What this computer is: cores a process may use, CPU name, memory."""
+"""What this computer is: cores a process may use, CPU and board, memory, clock, power."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def cpu_quota(proc: Path = Path("/proc/self")) -> float | None:
     """CPUs that the control groups (version 1 or 2) of this process allow, None for no limit."""
     limits = []
     for folder in _cgroup_folders(proc, "cpu"):
-        if (version2 := _read(folder / "cpu.max").split()) and len(version2) == 2:
+        if (version2 := read_text(folder / "cpu.max").split()) and len(version2) == 2:
             quota, period = version2
         else:
-            quota = _read(folder / "cpu.cfs_quota_us")
-            period = _read(folder / "cpu.cfs_period_us")
+            quota = read_text(folder / "cpu.cfs_quota_us")
+            period = read_text(folder / "cpu.cfs_period_us")
         if quota.isdecimal() and period.isdecimal() and int(quota) > 0 and int(period) > 0:
             limits.append(int(quota) / int(period))
     return min(limits, default=None)
@@ -86,7 +86,7 @@ def cpu_quota(proc: Path = Path("/proc/self")) -> float | None:
 
 def memory_bytes(proc: Path = Path("/proc")) -> tuple[int | None, int | None]:
     """Total and available memory in bytes, the control groups' limit included; None if unknown."""
-    found: list[tuple[str, str]] = re.findall(r"(\w+):\s+(\d+) kB", _read(proc / "meminfo"))
+    found: list[tuple[str, str]] = re.findall(r"(\w+):\s+(\d+) kB", read_text(proc / "meminfo"))
     values = {name: int(kilobytes) * 1024 for name, kilobytes in found}
     if "MemTotal" not in values:
         return None, None
@@ -97,7 +97,7 @@ def memory_bytes(proc: Path = Path("/proc")) -> tuple[int | None, int | None]:
             ("memory.max", "memory.current"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes"),
         ):
-            limit, used = _read(folder / limit_name), _read(folder / used_name)
+            limit, used = read_text(folder / limit_name), read_text(folder / used_name)
             if limit.isdecimal() and int(limit) < total:
                 total = int(limit)
                 available = min(available, total - int(used) if used.isdecimal() else total)
@@ -106,7 +106,7 @@ def memory_bytes(proc: Path = Path("/proc")) -> tuple[int | None, int | None]:
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The processor's name as the system gives it, e.g. "AMD Ryzen 9 7950X"."""
-    text = _read(cpuinfo)
+    text = read_text(cpuinfo)
     fields = dict(re.findall(r"^([^\t\n:]+?)\s*:[ \t]*(.+)$", text, flags=re.MULTILINE))
     part = fields.get("CPU part", "").lower()
     name = fields.get("model name") or _ARM_PARTS.get(part) or fields.get("Model")
@@ -115,14 +115,57 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return " ".join((name or platform.processor() or platform.machine() or "unknown").split())
 
 
+def board_name(sysfs: Path = Path("/sys"), proc: Path = Path("/proc")) -> str | None:
+    """The computer's model, as "Raspberry Pi 5 Model B Rev 1.0" or "LENOVO 21CB ThinkPad X1"."""
+    if name := read_text(proc / "device-tree/model"):
+        return name
+    dmi = sysfs / "class/dmi/id"
+    names = ("sys_vendor", "product_name", "product_version")
+    parts = dict.fromkeys(text for name in names if (text := read_text(dmi / name)))
+    return " ".join(" ".join(parts).split()) or None
+
+
+def governors(cpus: set[int] | None = None, sysfs: Path = Path("/sys")) -> list[str]:
+    """Who sets the clock of ``cpus`` (default: the affinity): "performance", "ondemand", ..."""
+    files = _cpufreq(cpus, sysfs, "scaling_governor")
+    return sorted({text for file in files if (text := read_text(file))})
+
+
+def clock_hertz(cpus: set[int] | None = None, sysfs: Path = Path("/sys")) -> float | None:
+    """The highest clock that any of ``cpus`` (default: the affinity) may run at."""
+    limits = [read_number(file) for file in _cpufreq(cpus, sysfs, "scaling_max_freq")]
+    return max((1e3 * kilohertz for kilohertz in limits if kilohertz is not None), default=None)
+
+
+def _cpufreq(cpus: set[int] | None, sysfs: Path, name: str) -> list[Path]:
+    folder = sysfs / "devices/system/cpu"
+    return [
+        folder / f"cpu{n}/cpufreq/{name}" for n in sorted(usable_cpus() if cpus is None else cpus)
+    ]
+
+
+def power_source(sysfs: Path = Path("/sys")) -> str | None:
+    """ "battery" or "mains", None where the system does not tell."""
+    supplies = [
+        path
+        for path in (sysfs / "class/power_supply").glob("*")
+        if read_text(path / "scope") != "Device"  # batteries of mice and the like
+    ]
+    if any(read_text(supply / "status") == "Discharging" for supply in supplies):
+        return "battery"
+    if any(read_text(supply / "online") == "1" for supply in supplies):
+        return "mains"
+    return None
+
+
 def _cgroup_folders(proc: Path, controller: str) -> Iterator[Path]:
     """Folders of this process's control group and its parents, versions 1 and 2, as mounted."""
     groups = {}  # controller ("" for version 2) -> path of the group
-    for line in _read(proc / "cgroup").splitlines():
+    for line in read_text(proc / "cgroup").splitlines():
         _, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
         groups.update(dict.fromkeys(names.split(","), path))
-    for line in _read(proc / "mountinfo").splitlines():
+    for line in read_text(proc / "mountinfo").splitlines():
         mount, separator, kind = line.partition(" - ")
         if not separator or len(mount.split()) < 5 or len(kind.split()) < 3:
             continue
@@ -143,17 +186,25 @@ def _cgroup_folders(proc: Path, controller: str) -> Iterator[Path]:
 
 def _cpu_list(path: Path) -> set[int]:
     """CPUs of a list as "0-3,8,10-11"; empty when the file is missing."""
-    ranges = re.findall(r"(\d+)(?:-(\d+))?", _read(path))
+    ranges = re.findall(r"(\d+)(?:-(\d+))?", read_text(path))
     return {cpu for low, high in ranges for cpu in range(int(low), int(high or low) + 1)}
 
 
 def _cpu_number(sysfs: Path, cpu: int, name: str) -> int:
-    text = _read(sysfs / f"devices/system/cpu/cpu{cpu}" / name)
-    return int(text) if text.isdecimal() else 0
+    return read_number(sysfs / f"devices/system/cpu/cpu{cpu}" / name) or 0
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """What stands in a file of the system, without white space around it; "" if unreadable."""
     try:
-        return path.read_text(errors="replace").strip()
+        return path.read_text(errors="replace").strip("\0 \t\n")
     except OSError:
         return ""
+
+
+def read_number(path: Path) -> int | None:
+    """The whole number in a file of the system, None if there is none."""
+    try:
+        return int(read_text(path))
+    except ValueError:
+        return None

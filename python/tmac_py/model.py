@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,24 +12,21 @@ from numpy.typing import ArrayLike, NDArray
 
 from tmac_py import _core
 from tmac_py.checks import check_kv, check_tables, check_threads, check_whole
+from tmac_py.completions import CompletionMethods
 from tmac_py.config import ModelConfig
+from tmac_py.constraints import Constraints
 from tmac_py.decoder import build_decoder
 from tmac_py.decoding import PREFILL_CHUNK
 from tmac_py.errors import ContextError, ModelFileError, OptionError, TmacError
-from tmac_py.generate import Result, Token
 from tmac_py.generation_defaults import load_defaults
 from tmac_py.lutfile import LutFile
 from tmac_py.pool import thread_pool
-from tmac_py.sampling import new_seed
 from tmac_py.session import Session
 from tmac_py.spec import Tables
 from tmac_py.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from tmac_py.chat import ChatTemplate, Message
-    from tmac_py.options import GenerationOptions
 
 _BUSY = "in use by another thread"
 """What the core says of such a cache."""
@@ -38,7 +35,7 @@ Ids = NDArray[np.int32]
 Logits = NDArray[np.float32]
 
 
-class Model:
+class Model(CompletionMethods):
     """One loaded model. Load it with :meth:`load`; a context manager.
 
     The weights stay in the mapped file and are never changed: one model serves any number of
@@ -73,6 +70,7 @@ class Model:
         self.sampling_defaults = load_defaults(files)
         self._template_source = chat_template
         self._template: ChatTemplate | None = None
+        self._constraints: Constraints | None = None
         self._pool = thread_pool(self.threads)
         self._decoder: _core.Decoder | None = build_decoder(file, self.tables)
         self.file = file
@@ -138,6 +136,13 @@ class Model:
         return self._template
 
     @property
+    def constraints(self) -> Constraints:
+        """What gives answers a form; ModelFileError for a file without a tokenizer."""
+        if self._constraints is None:
+            self._constraints = Constraints(self.tokenizer, self.config)
+        return self._constraints
+
+    @property
     def n_ctx(self) -> int:
         """The most tokens the model was made for, prompt and answer together."""
         return self.config.max_position_embeddings
@@ -147,8 +152,8 @@ class Model:
 
         Args:
             n_ctx: tokens.
-            kv: how keys and values are stored: "f16", "int8" (half the memory), "int4" (a quarter),
-                or keys and values apart, as in "int8/int4".
+            kv: how keys and values are stored: "f16", "int8" (0.6 of that memory), "int4" (a
+                third), or keys and values apart, as in "int8/int4".
 
         Raises:
             ContextError: ``n_ctx`` is more than the model allows, or there is not enough memory.
@@ -282,55 +287,6 @@ class Model:
         """An empty :class:`tmac_py.session.Session`; arguments and errors as :meth:`new_cache`."""
         return Session(self, n_ctx=n_ctx, kv=kv)
 
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        n_ctx: int = 0,
-        kv: str = "f16",
-        **options: Unpack[GenerationOptions],
-    ) -> Generator[Token, None, None]:
-        """Generate token by token. Arguments are checked at once, work starts with the first token.
-
-        The generator may be closed at any token; the model stays usable.
-
-        Args:
-            prompt: text to continue, or token ids (:meth:`chat_prompt` makes them of messages).
-            n_ctx: size of the context; 0 = what prompt and ``max_tokens`` need, within what the
-                model allows.
-            kv: how keys and values are stored, see :meth:`new_cache`.
-            options: see :class:`tmac_py.options.GenerationOptions`.
-
-        Raises:
-            ContextError: the prompt leaves no room for an answer.
-            OptionError: an argument is not allowed.
-            TmacError: the model is closed.
-        """
-        ids = self.check_prompt(prompt)
-        max_tokens = options.get("max_tokens")
-        if n_ctx == 0 and max_tokens != -1:
-            wanted = len(ids) + (256 if max_tokens is None else max(1, max_tokens))
-            n_ctx = min(self.n_ctx, wanted)
-        return self.new_session(n_ctx, kv).stream(ids.tolist(), **options)
-
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        n_ctx: int = 0,
-        kv: str = "f16",
-        **options: Unpack[GenerationOptions],
-    ) -> Result:
-        """The whole answer at once: a ``str`` with ids, finish reason and timings.
-
-        Arguments and errors as :meth:`stream`.
-        """
-        if options.get("seed") is None:
-            options["seed"] = new_seed()
-        seed = options["seed"]
-        assert seed is not None
-        return Result(list(self.stream(prompt, n_ctx=n_ctx, kv=kv, **options)), seed)
-
     @property
     def closed(self) -> bool:
         """True after :meth:`close`."""
@@ -351,6 +307,10 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def _model(self) -> Model:
+        return self
 
     def _open_decoder(self) -> _core.Decoder:
         if self._decoder is None:

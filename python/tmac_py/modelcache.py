@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +18,7 @@ Progress = Callable[[str, int, int], None]
 PHASES = ("wait", "download", "check", "unpack", "convert")
 """In order; "wait" (for another process that does the work) comes without amounts."""
 
-RECIPE = 2
+RECIPE = 3
 """Raised whenever a conversion with default options changes its result."""
 
 
@@ -54,6 +52,9 @@ def offline_by_environment() -> bool:
 @contextmanager
 def work_folder(parent: Path, prefix: str, *, clean: bool) -> Iterator[Path]:
     """A new folder; with ``clean`` (no other run is alive) those of dead runs are removed first."""
+    import shutil
+    import tempfile
+
     for leftover in parent.glob(f"{prefix}*") if clean else ():
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as work:

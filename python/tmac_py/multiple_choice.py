@@ -173,6 +173,9 @@ class ChoiceScorer:
             score = float(start[ids[0]])
             if len(ids) > 1:
                 cache.truncate(len(prompt.shared))
+                again = np.array(prompt.shared[cache.pos :], np.int32)
+                for part in slices(again, self._batch):
+                    forward(part, cache)
                 given = slices(np.array(ids[:-1], np.int32), self._batch)
                 rows = np.concatenate([forward(part, cache, "all") for part in given])
                 score += float(log_softmax(rows)[np.arange(len(rows)), ids[1:]].sum())

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
+    from tmac_py.cancelling import Cancel
     from tmac_py.model import Model
     from tmac_py.sampling import LogitsProcessor
 
 
-class GenerationOptions(TypedDict, total=False):
-    """Keyword arguments of ``generate`` and ``stream``. None is the same as leaving one out.
+class AnswerOptions(TypedDict, total=False):
+    """What decides over an answer. None is the same as leaving one out.
 
     Attributes:
         max_tokens: the most tokens to generate (256); -1 = until the answer ends or the context is
@@ -22,12 +23,17 @@ class GenerationOptions(TypedDict, total=False):
         logits_processor: one or several functions that are called before every token with the ids
             of prompt and answer so far, int32 [n], and the logits, float32 [vocab], which they
             change in place or replace by those they return.
+        json_schema: the answer is JSON of this schema: an object, or JSON text of one. One of this
+            and the next two; all need llguidance (``pip install 'tmac_py[grammar]'``).
+        regex: the whole answer matches it, in the syntax of Rust's regex.
+        grammar: the answer follows this Lark grammar, as llguidance reads it.
         stop: strings that end the answer; they are not part of it.
-        draft: where guesses of the next tokens come from, which are verified several at a time:
-            "lookup" (what followed the same words before, the default), a smaller model with the
-            same vocabulary, or "none". The text is the same with all of them.
+        stop_token_ids: further tokens that end the answer, as the model's own end tokens do; they
+            are the last of its ids and not part of its text.
         trim_space: drop the space with which SentencePiece vocabularies begin an answer.
-        progress: called with (tokens done, all tokens) after each part of the prompt.
+        cancel: ends the generation before the next pass over the weights once it is set, also
+            between the parts of a long prompt: a ``threading.Event``, or what has ``is_set``. A
+            stream then ends without a token that has a finish reason; a Result has "cancelled".
     """
 
     max_tokens: int | None
@@ -42,9 +48,26 @@ class GenerationOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     seed: int | None
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    grammar: str | None
     stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    trim_space: bool | None
+    cancel: Cancel | None
+
+
+class GenerationOptions(AnswerOptions, total=False):
+    """Keyword arguments of ``generate``, ``stream`` and ``chat``: :class:`AnswerOptions` and these.
+
+    Attributes:
+        draft: where guesses of the next tokens come from, which are verified several at a time:
+            "lookup" (what followed the same words before, the default), a smaller model with the
+            same vocabulary, or "none". The text is the same with all of them.
+        progress: called with (tokens done, all tokens) after each part of the prompt.
+    """
+
     draft: str | Model | None
-    trim_space: bool
     progress: Callable[[int, int], None] | None
 
 

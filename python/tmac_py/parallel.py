@@ -9,8 +9,6 @@ from functools import lru_cache
 from time import monotonic
 from typing import TypeVar
 
-from threadpoolctl import threadpool_limits
-
 from tmac_py.machine import default_threads
 
 Item = TypeVar("Item")
@@ -88,5 +86,7 @@ def single_threaded_blas() -> Iterator[None]:
     How it splits a product moves the last bits; with pieces of fixed size in `map_threads` the
     cores are busy all the same.
     """
+    from threadpoolctl import threadpool_limits
+
     with threadpool_limits(1, "blas"):
         yield

@@ -193,17 +193,21 @@ def _factors(scaling: Mapping[str, Any], key: str, size: int) -> NDArray[np.floa
 def _longrope(plain: NDArray[np.float64], scaling: Mapping[str, Any]) -> Rope:
     """Frequencies are divided by one list of factors, in long contexts by another."""
     short, long = (_factors(scaling, f"{name}_factor", plain.size) for name in ("short", "long"))
-    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
-    attention_scale = scaling.get("attention_factor")
-    if attention_scale is None:
-        grown = math.log(factor) / math.log(original) if factor > 1 else 0.0
-        attention_scale = math.sqrt(1 + grown)
+    original = scaling["original_max_position_embeddings"]
     return Rope(
         (plain / short).astype(np.float32),
-        float(attention_scale),
+        longrope_attention(scaling),
         (plain / long).astype(np.float32),
         original,
     )
+
+
+def longrope_attention(scaling: Mapping[str, Any]) -> float:
+    """The factor on cos and sin of "longrope"."""
+    if (given := scaling.get("attention_factor")) is not None:
+        return float(given)
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+    return math.sqrt(1 + (math.log(factor) / math.log(original) if factor > 1 else 0.0))
 
 
 def _llama3(plain: NDArray[np.float64], scaling: Mapping[str, Any]) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ leave. The arithmetic is the core's (csrc/model/sampler.h).
 from __future__ import annotations
 
 import math
-import secrets
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tmac_py import _core
 from tmac_py.checks import check_real, check_whole
 from tmac_py.errors import OptionError, TmacError
+from tmac_py.seeding import pcg64_state
 
 Logits = NDArray[np.float32]
 Ids = NDArray[np.int32]
@@ -115,7 +116,7 @@ def check_processors(
 
 def new_seed() -> int:
     """A random seed of 32 bits."""
-    return secrets.randbits(32)
+    return int.from_bytes(os.urandom(4), "little")
 
 
 class Sampler:
@@ -133,7 +134,7 @@ class Sampler:
         self.params = params
         self.seed = new_seed() if params.seed is None else params.seed
         self._processors = tuple(processors)
-        random = np.random.PCG64(self.seed).state["state"]
+        state, increment = pcg64_state(self.seed)
         self._core = _core.Sampler(
             temperature=params.temperature,
             top_k=params.top_k,
@@ -143,8 +144,8 @@ class Sampler:
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
             logit_bias=list(params.logit_bias.items()),
-            state=divmod(random["state"], 1 << 64),
-            increment=divmod(random["inc"], 1 << 64),
+            state=divmod(state, 1 << 64),
+            increment=divmod(increment, 1 << 64),
         )
 
     def sample(self, logits: Logits, history: Sequence[int] = ()) -> tuple[int, float]:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tmac_py.cancelling import CancelledStep, cancellable
 from tmac_py.checks import check_whole
 from tmac_py.decoding import Ids
 from tmac_py.errors import ContextError, OptionError, TmacError
-from tmac_py.generate import Result, Token, check_stop, stream_tokens
-from tmac_py.options import SAMPLING_OPTIONS, GenerationOptions, given_options
-from tmac_py.sampling import Sampler, SamplingParams, check_processors, new_seed
+from tmac_py.generate import Result, Token, stream_tokens
+from tmac_py.options import GenerationOptions
+from tmac_py.plans import Plan, fix_seed, make_plan
 from tmac_py.sessionfile import read_session, write_session
 from tmac_py.speculative import Drafter, DraftModel, PromptLookup
-from tmac_py.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -78,44 +78,26 @@ class Session:
             OptionError: an option is not allowed.
             TmacError: the model is closed, or another thread uses the session.
         """
-        given = given_options(options)
-        model = self._model
-        ids = model.check_prompt(prompt)
-        max_tokens = _check_max_tokens(given.get("max_tokens", 256))
-        room = self._room(len(ids), max_tokens)
-        sampling = {name: given[name] for name in SAMPLING_OPTIONS if name in given}
-        params = SamplingParams(**{**model.sampling_defaults, **sampling})
-        for token in params.logit_bias:
-            check_whole("a token id of logit_bias", token, 0, model.config.vocab_size - 1)
-        processors = check_processors(given.get("logits_processor", ()))
-        return self._stream(
-            ids,
-            decoder=IncrementalDecoder(model.tokenizer, trim_space=given.get("trim_space", False)),
-            sampler=Sampler(params, processors),
-            eos_ids=frozenset(model.config.eos_token_ids),
-            max_tokens=room,
-            stop=check_stop(given.get("stop", ())),
-            drafter=self._drafter(given.get("draft", "lookup"), len(ids) + room),
-            progress=given.get("progress"),
-        )
+        plan = make_plan(self._model, prompt, self.n_ctx, options)
+        return self._stream(plan, self._drafter(plan))
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> Result:
         """The whole answer at once: a ``str`` with ids, finish reason and timings.
 
         Arguments and errors as :meth:`stream`.
         """
-        if options.get("seed") is None:
-            options["seed"] = new_seed()
-        seed = options["seed"]
-        assert seed is not None
+        seed = fix_seed(options)
         return Result(list(self.stream(prompt, **options)), seed)
 
     def truncate(self, n: int) -> None:
-        """Forget all but the first ``n`` tokens. OptionError if there are fewer."""
+        """Forget all but the first ``n`` tokens. OptionError if there are fewer.
+
+        In int8 and int4 some of those may be forgotten too, less than 64: ``ids`` are the rest.
+        """
         check_whole("n", n, 0, len(self._ids))
         with self._alone():
             self._cache.truncate(n)
-            del self._ids[n:]
+            del self._ids[self._cache.pos :]
 
     def fork(self) -> Session:
         """Another session that holds the same; both go on for themselves."""
@@ -169,17 +151,28 @@ class Session:
         session.note = note
         return session
 
-    def _stream(self, prompt: Ids, **how: Any) -> Generator[Token, None, None]:
+    def _stream(self, plan: Plan, drafter: Drafter | None) -> Generator[Token, None, None]:
         with self._alone():
-            known = self._known(prompt)
-            self._cache.truncate(known)
+            prompt = plan.prompt
+            self._cache.truncate(self._known(prompt))
+            known = self._cache.pos
             del self._ids[known:]
             text: list[int] = prompt.tolist()
             tokens = stream_tokens(
-                self._model.forward, self._cache, prompt[known:], before=text[:known], **how
+                cancellable(self._model.forward, plan.cancel),
+                self._cache,
+                prompt[known:],
+                decoder=plan.decoder,
+                sampler=plan.sampler(),
+                eos_ids=plan.eos_ids,
+                stop=plan.stop,
+                max_tokens=plan.room,
+                before=text[:known],
+                drafter=drafter,
+                progress=plan.progress,
             )
             try:
-                with closing(tokens):
+                with closing(tokens), suppress(CancelledStep):
                     for token in tokens:
                         text.append(token.id)
                         yield token
@@ -192,17 +185,8 @@ class Session:
         differing = np.flatnonzero(held != prompt[: len(held)])
         return int(differing[0]) if len(differing) else len(held)
 
-    def _room(self, n_prompt: int, max_tokens: int) -> int:
-        """Tokens that may be generated: ``max_tokens`` as far as the context allows."""
-        room = self.n_ctx - n_prompt
-        if room < 1:
-            raise ContextError(
-                f"the prompt has {n_prompt} tokens, the context holds {self.n_ctx} "
-                "and must leave room for at least one more"
-            )
-        return room if max_tokens == -1 else min(room, max_tokens)
-
-    def _drafter(self, draft: str | Model, n_ctx: int) -> Drafter | None:
+    def _drafter(self, plan: Plan) -> Drafter | None:
+        draft = plan.draft
         if draft == "none":
             return None
         if draft == "lookup":
@@ -214,7 +198,8 @@ class Session:
                 f"{draft.path}: a vocabulary of {draft.tokenizer.vocab_size} tokens; a draft model "
                 f"needs that of {self._model.path}, {self._model.tokenizer.vocab_size}"
             )
-        return DraftModel(draft.forward, draft.new_cache(min(n_ctx, draft.n_ctx)))
+        cache = draft.new_cache(min(len(plan.prompt) + plan.room, draft.n_ctx))
+        return DraftModel(cancellable(draft.forward, plan.cancel), cache)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -225,9 +210,3 @@ class Session:
             yield
         finally:
             self._lock.release()
-
-
-def _check_max_tokens(max_tokens: int) -> int:
-    if max_tokens == -1:
-        return -1
-    return check_whole("max_tokens", max_tokens, 1, note=", or -1 (until the context is full)")

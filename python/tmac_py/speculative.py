@@ -108,6 +108,7 @@ class DraftModel(Generic[CacheT]):
             known += 1
         known = min(known, len(history) - 1)
         self._cache.truncate(known)
+        known = self._cache.pos
         del self._held[known:]
         logits = self._run(history[known:])
         self._agreed = len(history)

@@ -7,8 +7,10 @@ for, so text is decoded by joining bytes.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
+import sys
 from collections.abc import Mapping
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -60,8 +62,7 @@ class _JsonBackend:
     """A tokenizer.json, read by the ``tokenizers`` library."""
 
     def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._tokenizer = self._load()
+        self._tokenizer = _load(data)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.size = max([self._tokenizer.get_vocab_size(), *(i + 1 for i in added)])
@@ -79,21 +80,10 @@ class _JsonBackend:
             for step in steps
         )
 
-    def _load(self) -> tokenizers.Tokenizer:
-        import tokenizers
-
-        try:
-            tokenizer = tokenizers.Tokenizer.from_buffer(self._data)
-        except ValueError as error:
-            raise ModelFileError(f"tokenizer.json cannot be read: {error}") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
-
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """A second instance that treats the marks of special tokens as ordinary text."""
-        tokenizer = self._load()
+        tokenizer = _load(self._tokenizer.to_str().encode())
         tokenizer.encode_special_tokens = True
         return tokenizer
 
@@ -141,7 +131,7 @@ class _SentencePieceBackend:
     """
 
     def __init__(self, data: bytes, *, added: dict[str, int], legacy: bool) -> None:
-        import sentencepiece
+        import sentencepiece  # most models have a tokenizer.json
 
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -211,6 +201,27 @@ def open_backend(files: Mapping[str, bytes], config: Mapping[str, Any]) -> Backe
             files["tokenizer.model"], added=_added_tokens(config), legacy=legacy
         )
     raise ModelFileError("the model carries no tokenizer: tokenizer.json or tokenizer.model")
+
+
+def _load(data: bytes) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(data)
+    except ValueError as error:
+        raise ModelFileError(f"tokenizer.json cannot be read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _return_freed_memory()
+    return tokenizer
+
+
+def _return_freed_memory() -> None:
+    """Give the system what parsing took and glibc keeps: 6 MB after a vocabulary of 49 152."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
 
 
 def _added_tokens(config: Mapping[str, Any]) -> dict[str, int]:

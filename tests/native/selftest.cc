@@ -183,18 +183,22 @@ struct HeadCache {
         capacity(round_up(n, kAttendBlock)),
         keys(static_cast<size_t>(capacity * shape.vector_bytes(keys_type))),
         values(static_cast<size_t>(capacity * shape.vector_bytes(values_type))),
-        key_scales(static_cast<size_t>(capacity * shape.scales(keys_type))),
-        value_scales(static_cast<size_t>(capacity * shape.scales(values_type))),
+        key_ranges(static_cast<size_t>(capacity * shape.ranges(keys_type))),
+        value_ranges(static_cast<size_t>(capacity * shape.ranges(values_type))),
+        near_keys(static_cast<size_t>(kNear * shape.near_bytes(keys_type))),
+        near_values(static_cast<size_t>(kNear * shape.near_bytes(values_type))),
         scratch(static_cast<size_t>(shape.dims())) {}
 
   KvHead head() {
-    return {keys.data(), values.data(), key_scales.data(), value_scales.data(), capacity};
+    return {keys.data(),       values.data(),       near_keys.data(), near_values.data(),
+            key_ranges.data(), value_ranges.data(), capacity};
   }
 
   KvShape shape;
   int64_t capacity;
   std::vector<uint8_t> keys, values;
-  std::vector<uint16_t> key_scales, value_scales;
+  std::vector<uint16_t> key_ranges, value_ranges;
+  std::vector<uint8_t> near_keys, near_values;
   std::vector<float> scratch;
 };
 
@@ -213,6 +217,7 @@ void run_attend(Reader& in, Writer& out) {
   const auto keys_type = static_cast<KvType>(in.integer());
   const auto values_type = static_cast<KvType>(in.integer());
   const int64_t n = in.integer(), head_dim = in.integer(), count = in.integer();
+  const int64_t near = in.integer();
   const float scale = in.real(), softcap = in.real();
   const auto first = in.array<int64_t>(count), end = in.array<int64_t>(count);
   const auto q = in.array<float>(count * head_dim);
@@ -228,7 +233,7 @@ void run_attend(Reader& in, Writer& out) {
   for (int64_t i = 0; i < count; ++i) {
     isa.prepare_query(shape, q.data() + i * head_dim, asked.data() + i * shape.query_floats());
   }
-  const AttendQueries queries{count, asked.data(), first.data(), end.data(), scale, softcap};
+  const AttendQueries queries{count, asked.data(), first.data(), end.data(), near, scale, softcap};
   std::vector<float> states(static_cast<size_t>(count * shape.state_floats())), following = states;
   for (int64_t begin = first[0] / kAttendPart * kAttendPart; begin < n; begin += kAttendPart) {
     const bool is_first = begin <= first[0];

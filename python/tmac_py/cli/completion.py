@@ -9,6 +9,10 @@ from tmac_py.errors import UnsupportedError
 
 SHELLS = ("bash", "zsh", "fish")
 
+_FILES = ("MODEL", "FILE", "SOURCE", "OUT.lut", "OTHER")
+_FOLDERS = ("FOLDER", "DIR")
+"""What options call a file and a folder in their help."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the argument of ``tmac completion``."""
@@ -44,6 +48,6 @@ def _complete_files(parser: argparse.ArgumentParser) -> None:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
                 _complete_files(command)
-        elif action.metavar in ("MODEL", "FILE", "SOURCE", "OUT.lut", "FOLDER", "DIR"):
-            only_folders = action.metavar in ("FOLDER", "DIR")
+        elif action.metavar in (*_FILES, *_FOLDERS):
+            only_folders = action.metavar in _FOLDERS
             action.complete = shtab.DIRECTORY if only_folders else shtab.FILE  # type: ignore[attr-defined]

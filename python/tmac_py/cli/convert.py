@@ -65,7 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "('down_proj|v_proj=6')",
     )
     dense.add_argument(
-        "--head-bits", type=int, metavar="N", help="bits of embedding and lm_head (default: 8)"
+        "--head-bits",
+        type=int,
+        metavar="N",
+        help="bits of embedding and lm_head (default: 6; stored codes are kept); those stored as "
+        "codes of more bits are quantised anew",
     )
     dense.add_argument(
         "--target-bpw",

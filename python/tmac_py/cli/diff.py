@@ -94,14 +94,14 @@ def _description(entry: TensorEntry) -> str:
 
 def _relative_error(first: LutFile, second: LutFile, entry: TensorEntry) -> float:
     error = size = 0.0
-    for a, b in zip(_weights(first, entry), _weights(second, entry), strict=True):
+    for a, b in zip(float_rows(first, entry), float_rows(second, entry), strict=True):
         error += float(np.square(b - a, dtype=np.float64).sum())
         size += float(np.square(a, dtype=np.float64).sum())
     return float(np.sqrt(error / size)) if size else float(error > 0)
 
 
-def _weights(file: LutFile, entry: TensorEntry) -> Iterator[NDArray[np.float32]]:
-    """A vector, or some rows of a matrix at a time."""
+def float_rows(file: LutFile, entry: TensorEntry) -> Iterator[NDArray[np.float32]]:
+    """Float32: a vector or a router, or some rows ``[n, k]`` of a matrix at a time."""
     if entry.kind == "float":
         yield file.float(entry.name)
         return

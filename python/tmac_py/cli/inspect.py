@@ -1,4 +1,4 @@
-"""``tmac inspect``: what a .lut file holds, and whether it is sound."""
+"""``tmac inspect``: what a .lut file holds, whether it is sound, and exports of it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tmac_py.cli.models import find_model
 from tmac_py.cli.tables import format_bytes, format_table
+from tmac_py.errors import OptionError
 
 if TYPE_CHECKING:
     from tmac_py.config import ModelConfig
@@ -35,6 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit status 1 if it does",
     )
     parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="DIR",
+        help="write a new folder: tmac.json with all that --tensors --json prints, the tokenizer's "
+        "files, and the tensors of --tensor",
+    )
+    parser.add_argument(
+        "--tensor",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --export: dequantised to float32 in NAME.npy; * and ? stand for any characters; "
+        "may be given several times",
+    )
+    parser.add_argument(
         "--no-check", action="store_true", help="do not read the tensors to verify their checksums"
     )
     parser.add_argument(
@@ -48,6 +65,10 @@ def execute(args: argparse.Namespace) -> int:
     """Print the report on stdout; returns the exit status. Raises TmacError for a bad file."""
     from tmac_py.lutfile import LutFile
 
+    if args.tensor and args.export is None:
+        raise OptionError("--tensor needs --export DIR")
+    if args.export is not None and args.diff is not None:
+        raise OptionError("--export and --diff do not go together")
     path = find_model(args.model, cache_dir=args.cache_dir)
     if args.diff is not None:
         from tmac_py.cli.diff import compare, report
@@ -59,6 +80,13 @@ def execute(args: argparse.Namespace) -> int:
         print(json.dumps(differences, indent=2) if args.json else report(differences))
         return 1 if differences else 0
     with LutFile.open(path, check=not args.no_check) as file:
+        if args.export is not None:
+            from tmac_py.cli.inspect_export import export
+
+            info = collect(file, checked=not args.no_check, tensors=True)
+            names = export(file, info, args.export, args.tensor)
+            print(json.dumps(names) if args.json else "\n".join(names))
+            return 0
         info = collect(file, checked=not args.no_check, tensors=args.tensors)
         print(json.dumps(info, indent=2) if args.json else _report(file, info))
     return 0

@@ -1,7 +1,7 @@
 """The program ``tmac`` and the short names of its subcommands; errors become one line here.
 
-Exit status: 0 done, 2 an error (one line on stderr), 130 ended by Ctrl-C, 141 the reader of stdout
-went away, 128 + n ended by signal n.
+Exit status: 0 done, 1 a difference that was asked for, 2 an error (one line on stderr), 130 ended
+by Ctrl-C, 141 the reader of stdout went away, 128 + n ended by signal n.
 """
 
 from __future__ import annotations
@@ -55,13 +55,14 @@ COMMANDS = (
         "convert a GGUF file, a Hugging Face folder or one on the hub to a .lut file",
         (
             "tmac convert model.Q4_1.gguf model.lut",
+            "tmac convert model.Q8_0.gguf model.lut --head-bits 6",
             "tmac convert HuggingFaceTB/SmolLM2-135M-Instruct model.lut --bits 4",
             "tmac convert someone/SmolLM2-135M-GGUF:Q4_K_M model.lut",
             "tmac convert ./SmolLM2-135M-Instruct-GPTQ model.lut --verify",
             "tmac convert ./SmolLM2-135M-Instruct model.lut --bits 4 --group-size 64",
             "tmac convert ./SmolLM2-135M-Instruct model.lut --quant rtn --bits 8 --no-asym",
             "tmac convert ./SmolLM2-135M-Instruct model.lut --quant mse --bits-for down_proj=6",
-            "tmac convert ./SmolLM2-135M-Instruct model.lut --quant hqq --bits 4 --head-bits 6",
+            "tmac convert ./SmolLM2-135M-Instruct model.lut --quant hqq --bits 4",
             "tmac convert ./SmolLM2-135M-Instruct model.lut --quant bcq --bits 2 --group-size 64",
             "tmac convert ./SmolLM2-135M-Instruct model.lut --quant gptq --target-bpw 4.5",
             "tmac convert ./SmolLM2-135M-Instruct model.lut --quant awq --calibration-tokens 2048",
@@ -73,8 +74,13 @@ COMMANDS = (
         (
             "tmac bench",
             "tmac bench -m model.lut -p 512 -n 128 -t 1,2,4",
+            "tmac bench -m model.lut --isa all --kv f16,int8 --tables int8,exact -o csv",
             "tmac bench --synthetic llama-2-7b:2bit -p 0 -d 0,2048",
+            "tmac bench --synthetic llama-2-7b/4 --sweep bits",
+            "tmac bench -m model.lut --sweep threads,isa --no-plots",
             "tmac bench -m model.lut -r 10 -o json > before.json",
+            "tmac bench --compare before.json after.json",
+            "tmac bench --report > report.md",
         ),
     ),
     Command(
@@ -100,8 +106,13 @@ COMMANDS = (
     ),
     Command(
         "inspect",
-        "show and check what a .lut file holds",
-        ("tmac inspect model.lut", "tmac inspect model.lut --tensors --json"),
+        "show, check and export what a .lut file holds",
+        (
+            "tmac inspect model.lut",
+            "tmac inspect model.lut --tensors --json > model.json",
+            "tmac inspect new.lut --diff old.lut",
+            "tmac inspect model.lut --export folder --tensor 'model.layers.0.*'",
+        ),
     ),
     Command(
         "info",
@@ -120,8 +131,9 @@ COMMANDS = (
 )
 
 EXIT_STATUS = """exit status:
-  0 done, 2 an error (one line on standard error), 130 ended by Ctrl-C, 141 the reader of
-  standard output went away, 128 + N ended by signal N"""
+  0 done, 1 a difference (inspect --diff) or a slower row (bench --compare), 2 an error (one line
+  on standard error), 130 ended by Ctrl-C, 141 the reader of standard output went away, 128 + N
+  ended by signal N"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,7 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def main_parser() -> argparse.ArgumentParser:
     """The parser of ``tmac`` with all its subcommands."""
-    parser = _Parser(prog="tmac", description="Low-bit language models on the CPU.")
+    parser = _Parser(
+        prog="tmac",
+        description="Low-bit language models on the CPU.",
+        epilog=f"examples:\n  tmac run\n  tmac bench --help\n  tmac info\n\n{EXIT_STATUS}",
+    )
     _add_common(parser)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for command in COMMANDS:

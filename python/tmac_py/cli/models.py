@@ -61,6 +61,13 @@ def resolve_model(name: str, *, cache_dir: str | None, offline: bool, quiet: boo
     return _existing(name)
 
 
+def needs_check(name: str) -> bool:
+    """Whether `resolve_model` has not compared the file of ``name`` with its checksums already."""
+    from tmac_py.default_model import DEFAULT_MODELS
+
+    return name not in DEFAULT_MODELS
+
+
 def find_model(name: str, *, cache_dir: str | None) -> Path:
     """The .lut file that a path or a name means, sound or not, without fetching anything.
 

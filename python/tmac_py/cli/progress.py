@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _LABELS = {
     "wait": "Waiting for another process that fetches or converts the model",
@@ -31,6 +32,8 @@ class PhaseProgress:
             self._phase = phase
             label = _LABELS.get(phase, phase)
             if total and sys.stderr.isatty():
+                from tqdm import tqdm  # takes a while to import, and most runs need no bar
+
                 unit = "" if phase == "convert" else "B"
                 self._bar = tqdm(
                     desc=label.ljust(11), total=total, unit=unit, unit_scale=True, leave=True

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tmac_py.cli.arguments import decode_text
 from tmac_py.cli.lineinput import on_terminal
-from tmac_py.cli.models import model_name, resolve_model
+from tmac_py.cli.models import model_name, needs_check, resolve_model
 from tmac_py.cli.run_options import add_arguments
 from tmac_py.errors import TmacError
 
@@ -40,7 +40,8 @@ def execute(args: argparse.Namespace) -> int:
 
     from tmac_py.model import Model
 
-    load = {"threads": args.threads, "tables": args.tables, "check": not args.no_check}
+    check = needs_check(name) and not args.no_check
+    load = {"threads": args.threads, "tables": args.tables, "check": check}
     with Model.load(path, chat_template=template, **load) as model:
         options = {"max_tokens": args.max_tokens, "stop": args.stop, "draft": args.spec, **sampling}
         with _draft_model(draft_path, args) as draft:

@@ -19,15 +19,15 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tmac_py.server.constraints import Constraints
+from tmac_py.generate import Step
+from tmac_py.openai_replies import Reply, event
 from tmac_py.server.engine import Engine
 from tmac_py.server.errors import ApiError, invalid, to_api_error
 from tmac_py.server.fields import read_flag
 from tmac_py.server.guard import Handler, guarded, read_json
-from tmac_py.server.jobs import Request, Step
+from tmac_py.server.jobs import Request
 from tmac_py.server.metrics import CONTENT_TYPE, metrics_text
 from tmac_py.server.openai_requests import Asked, RequestReader
-from tmac_py.server.openai_responses import Reply, event
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -70,7 +70,7 @@ class _Server:
         self._engine = engine
         self._model = engine.model
         self._options = options
-        self._reader = RequestReader(self._model, Constraints(self._model), options.max_tokens)
+        self._reader = RequestReader(self._model, options.max_tokens)
         self._started = int(time())
 
     def app(self) -> Starlette:

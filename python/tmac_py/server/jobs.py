@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tmac_py.decoding import Ids, Logits
 from tmac_py.errors import TmacError
-from tmac_py.generate import AnswerText, Timings, Token
+from tmac_py.generate import AnswerText, Step, Timings, Token
 from tmac_py.sampling import Sampler, top_logprobs
 from tmac_py.tokenizer import IncrementalDecoder
 
@@ -53,14 +53,6 @@ class Request:
     trim_space: bool = False
     reuse: Reuse = "any"
     client: str = ""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token of an answer, with the likeliest tokens in its place (id, log probability)."""
-
-    token: Token
-    top: tuple[tuple[int, float], ...] = ()
 
 
 Sink = Callable[[Step | Exception], None]

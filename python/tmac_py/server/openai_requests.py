@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tmac_py.checks import check_whole
+from tmac_py.constraints import response_form
 from tmac_py.decoding import Ids
 from tmac_py.errors import OptionError
 from tmac_py.generate import check_stop
 from tmac_py.model import Model
+from tmac_py.openai_messages import read_messages
+from tmac_py.openai_replies import ReplyShape
 from tmac_py.sampling import LogitsProcessor, Sampler, SamplingParams
-from tmac_py.server.constraints import Constraints
 from tmac_py.server.errors import invalid
 from tmac_py.server.fields import (
     read_flag,
@@ -31,23 +32,17 @@ MAX_STOP = 16
 MAX_TOP_LOGPROBS = 20
 
 
-@dataclass(frozen=True)
-class Asked:
+@dataclass(frozen=True, kw_only=True)
+class Asked(ReplyShape):
     """A request and how its answer is to be sent.
 
     Attributes:
         request: for the engine.
-        chat: whether the answer is a message.
         stream: as events.
-        include_usage: an event with the counts at the end.
-        logprobs: with log probabilities.
     """
 
     request: Request
-    chat: bool
     stream: bool
-    include_usage: bool
-    logprobs: bool
 
 
 class RequestReader:
@@ -55,13 +50,11 @@ class RequestReader:
 
     Args:
         model: whose tokenizer and template are used.
-        constraints: makes processors of ``response_format``.
         max_tokens: the most tokens of an answer; -1 = what the context allows.
     """
 
-    def __init__(self, model: Model, constraints: Constraints, max_tokens: int = -1) -> None:
+    def __init__(self, model: Model, max_tokens: int = -1) -> None:
         self._model = model
-        self._constraints = constraints
         self._max_tokens = max_tokens
 
     def chat(self, body: Mapping[str, Any], client: str) -> Asked:
@@ -97,7 +90,10 @@ class RequestReader:
         template = self._model.chat_template
         if template is None:
             raise invalid("the model has no chat template; use /v1/completions", "messages")
-        messages = _messages(body)
+        try:
+            messages = read_messages(body.get("messages"))
+        except OptionError as error:
+            raise invalid(str(error), "messages") from error
         tools = read_objects(body, "tools")
         choice = body.get("tool_choice")
         if choice not in (None, "auto", "none"):
@@ -139,8 +135,7 @@ class RequestReader:
     ) -> Asked:
         refuse(body, n=(1,))
         options = read_object(body, "stream_options")
-        processor = self._constraints.processor(body.get("response_format"), len(prompt))
-        sampler = self._sampler(body, [] if processor is None else [processor])
+        sampler = self._sampler(body, self._processors(body, len(prompt)))
         request = Request(
             prompt=prompt,
             sampler=sampler,
@@ -157,7 +152,16 @@ class RequestReader:
             stream=read_flag(body, "stream"),
             include_usage=read_flag(options, "include_usage"),
             logprobs=logprobs,
+            top_logprobs=top_logprobs,
         )
+
+    def _processors(self, body: Mapping[str, Any], n_prompt: int) -> list[LogitsProcessor]:
+        """What keeps the answer in the form of ``response_format``."""
+        try:
+            form = response_form(body.get("response_format"))
+            return [] if form is None else [self._model.constraints.processor(form, n_prompt)]
+        except OptionError as error:
+            raise invalid(str(error), "response_format") from error
 
     def _limit(self, body: Mapping[str, Any]) -> int:
         """Tokens of the answer: what is asked for, within what the server allows."""
@@ -222,55 +226,3 @@ def _stop(stop: object) -> tuple[str, ...]:
         return check_stop(stop)
     except OptionError as error:
         raise invalid(str(error), "stop") from error
-
-
-def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages as templates know them: plain texts, arguments of calls as objects."""
-    messages = read_objects(body, "messages")
-    if not messages:
-        raise invalid("messages is missing or empty; allowed: a list of messages", "messages")
-    return [_message(i, message) for i, message in enumerate(messages)]
-
-
-def _message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    where = f"messages[{index}]"
-    role = message.get("role")
-    if not isinstance(role, str) or not role:
-        raise invalid(f"{where} has no role", "messages")
-    read = {key: value for key, value in message.items() if value is not None}
-    read["content"] = _content(where, message.get("content"))
-    calls = message.get("tool_calls")
-    if calls is not None:
-        if not isinstance(calls, list):
-            raise invalid(f"{where}.tool_calls: allowed: a list", "messages")
-        read["tool_calls"] = [_call(where, call) for call in calls]
-    return read
-
-
-def _content(where: str, content: object) -> str:
-    """A text; of a list of parts the texts."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise invalid(f"{where}.content: allowed: a text, or a list of text parts", "messages")
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            raise invalid(f"{where}.content: only parts of type 'text' are supported", "messages")
-    return "".join(part["text"] for part in content)
-
-
-def _call(where: str, call: object) -> dict[str, Any]:
-    """A tool call; its arguments, JSON in a text, as the object that templates expect."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(call, dict) or not isinstance(function, dict):
-        raise invalid(f"{where}.tool_calls: a call without function", "messages")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError as error:
-            raise invalid(f"{where}.tool_calls: arguments are not JSON", "messages") from error
-    return {**call, "function": {**function, "arguments": arguments}}

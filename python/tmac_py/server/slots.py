@@ -47,6 +47,11 @@ class Slot:
         """Begin with ``job``: forget what does not belong to its prompt."""
         known = self.known(job.request)
         self.cache.truncate(known)
+        while self.cache.pos < known:  # it forgot more than it was asked to
+            known = self.cache.pos
+            if job.request.reuse != "any":
+                known = self._in_whole_chunks(known)
+            self.cache.truncate(known)
         del self.held[known:]
         self._whole = self._in_whole_chunks(known)
         job.n_cached = known

@@ -1,29 +1,45 @@
-"""Answers of the engine in OpenAI's shape."""
+"""Answers in OpenAI's shape, which llama-cpp-python has too: plain dicts, whole or in chunks."""
 
 from __future__ import annotations
 
 import json
-import secrets
+import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from tmac_py.generate import Timings
-from tmac_py.server.jobs import Step
-from tmac_py.server.openai_requests import Asked
+from tmac_py.generate import Step, Timings
 from tmac_py.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyShape:
+    """What an answer shows.
+
+    Attributes:
+        chat: whether it is a message.
+        logprobs: with log probabilities.
+        top_logprobs: those of so many alternatives for each token.
+        include_usage: of an answer in chunks: the counts at the end.
+    """
+
+    chat: bool
+    logprobs: bool = False
+    top_logprobs: int = 0
+    include_usage: bool = False
 
 
 class Reply:
     """The answer to one request, whole or in chunks."""
 
-    def __init__(self, asked: Asked, tokenizer: Tokenizer, model: str) -> None:
+    def __init__(self, asked: ReplyShape, tokenizer: Tokenizer, model: str) -> None:
         self._asked = asked
         self._tokenizer = tokenizer
         self._model = model
         self._created = int(time.time())
         prefix = "chatcmpl" if asked.chat else "cmpl"
-        self._id = f"{prefix}-{secrets.token_hex(12)}"
+        self._id = f"{prefix}-{os.urandom(12).hex()}"
         self._offset = 0
 
     def whole(self, steps: Sequence[Step]) -> dict[str, Any]:
@@ -103,7 +119,7 @@ class Reply:
             "tokens": [self._text(step.token.id) for step in steps],
             "token_logprobs": [step.token.logprob for step in steps],
             "top_logprobs": [{self._text(i): value for i, value in step.top} for step in steps]
-            if self._asked.request.top_logprobs
+            if self._asked.top_logprobs
             else None,
             "text_offset": offsets,
         }

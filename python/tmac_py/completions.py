@@ -1,0 +1,258 @@
+"""Completions in OpenAI's shape, with the names and arguments of llama-cpp-python's methods."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from tmac_py.checks import check_whole
+from tmac_py.constraints import FORMS, read_form, response_form
+from tmac_py.errors import OptionError, TmacError
+from tmac_py.generate import Step, Token
+from tmac_py.openai_messages import read_messages
+from tmac_py.openai_replies import Reply, ReplyShape
+from tmac_py.options import GenerationOptions
+from tmac_py.sampling import Ids, Logits, check_processors, top_logprobs
+from tmac_py.text_methods import TextMethods, chat_ids
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tmac_py.chat import Message
+    from tmac_py.model import Model
+
+MAX_LOGPROBS = 20
+
+
+class CompletionOptions(GenerationOptions, total=False):
+    """Keyword arguments of the two methods: :class:`tmac_py.options.GenerationOptions` and these.
+
+    ``max_tokens`` None or below 1 is no limit but the context's, ``seed`` -1 a random one, and the
+    token ids of ``logit_bias`` may be texts, as in JSON.
+
+    Attributes:
+        response_format: OpenAI's: {"type": "json_object"}, with a "schema" if you like, or
+            {"type": "json_schema", "json_schema": {"schema": ...}}. Needs llguidance.
+        model: the name in the answer; left out: that of the file.
+        stream_options: {"include_usage": True} ends an answer in chunks with one of the counts.
+        n_ctx, kv: as for ``Model.stream``.
+    """
+
+    response_format: Mapping[str, Any] | None
+    model: str | None
+    stream_options: Mapping[str, Any] | None
+    n_ctx: int
+    kv: str
+
+
+Json = dict[str, Any]
+
+
+class CompletionMethods(TextMethods):
+    """The part of Model that programs written for llama-cpp-python know."""
+
+    @overload
+    def create_completion(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        stream: Literal[False] = False,
+        logprobs: int | None = None,
+        **options: Unpack[CompletionOptions],
+    ) -> Json: ...
+
+    @overload
+    def create_completion(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        stream: Literal[True],
+        logprobs: int | None = None,
+        **options: Unpack[CompletionOptions],
+    ) -> Generator[Json, None, None]: ...
+
+    def create_completion(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        stream: bool = False,
+        logprobs: int | None = None,
+        **options: Unpack[CompletionOptions],
+    ) -> Json | Generator[Json, None, None]:
+        """Continue ``prompt``: a "text_completion" object, or its chunks.
+
+        Args:
+            prompt: text or token ids.
+            stream: give chunks as they come.
+            logprobs: log probabilities of the tokens, and of so many alternatives, 0 to 20.
+            options: see :class:`CompletionOptions`. ``max_tokens`` left out is 256, not 16.
+
+        Raises:
+            as ``Model.stream``; and TmacError for an answer that ``cancel`` cut short.
+        """
+        shape = ReplyShape(
+            chat=False,
+            logprobs=logprobs is not None,
+            top_logprobs=check_whole("logprobs", logprobs or 0, 0, MAX_LOGPROBS),
+            include_usage=_include_usage(options),
+        )
+        return _answer(self._model, prompt, shape, stream, options)
+
+    @overload
+    def create_chat_completion(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: Literal[False] = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+        **options: Unpack[CompletionOptions],
+    ) -> Json: ...
+
+    @overload
+    def create_chat_completion(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: Literal[True],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+        **options: Unpack[CompletionOptions],
+    ) -> Generator[Json, None, None]: ...
+
+    def create_chat_completion(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+        **options: Unpack[CompletionOptions],
+    ) -> Json | Generator[Json, None, None]:
+        """Answer ``messages``: a "chat.completion" object, or its chunks.
+
+        Args:
+            messages: as OpenAI has them; contents in parts of type "text" and tool calls too.
+            stream: give chunks as they come.
+            tools: passed to the chat template; calls that the model writes are text.
+            tool_choice: "auto", or "none" to leave the tools out.
+            chat_template_kwargs: more names for the template.
+            logprobs: log probabilities of the tokens.
+            top_logprobs: and of so many alternatives, 0 to 20.
+            options: see :class:`CompletionOptions`. ``max_tokens`` left out is no limit.
+
+        Raises:
+            as ``Model.chat``; and TmacError for an answer that ``cancel`` cut short.
+        """
+        if tool_choice not in (None, "auto", "none"):
+            raise OptionError(f"tool_choice is {tool_choice!r}; allowed: 'auto', 'none'")
+        if top_logprobs and not logprobs:
+            raise OptionError("top_logprobs needs logprobs=True")
+        shape = ReplyShape(
+            chat=True,
+            logprobs=bool(logprobs),
+            top_logprobs=check_whole("top_logprobs", top_logprobs or 0, 0, MAX_LOGPROBS),
+            include_usage=_include_usage(options),
+        )
+        ids = chat_ids(
+            self._model,
+            read_messages(messages),
+            tools if tools and tool_choice != "none" else None,
+            chat_template_kwargs,
+        )
+        if options.get("trim_space") is None:
+            options["trim_space"] = True
+        options.setdefault("max_tokens", None)
+        return _answer(self._model, ids, shape, stream, options)
+
+
+def _answer(
+    model: Model,
+    prompt: str | Sequence[int],
+    shape: ReplyShape,
+    stream: bool,
+    options: CompletionOptions,
+) -> Json | Generator[Json, None, None]:
+    reply = Reply(shape, model.tokenizer, options.get("model") or model.path.stem)
+    alternatives = _Alternatives(shape.top_logprobs)
+    wanted = _generation_options(options)
+    ids = model.check_prompt(prompt).tolist()
+    processors = list(check_processors(wanted.get("logits_processor") or ()))
+    if shape.top_logprobs:
+        processors.insert(0, alternatives)
+    form = response_form(options.get("response_format"))
+    if form is not None:
+        if read_form(options) is not None:
+            raise OptionError(f"response_format and one of {', '.join(FORMS)}; allowed: either")
+        processors.append(model.constraints.processor(form, len(ids)))
+    wanted["logits_processor"] = processors
+    tokens = model.stream(ids, n_ctx=options.get("n_ctx", 0), kv=options.get("kv", "f16"), **wanted)
+    steps = _steps(tokens, alternatives)
+    return _chunks(reply, steps) if stream else _whole(reply, steps)
+
+
+def _whole(reply: Reply, steps: Generator[Step, None, None]) -> Json:
+    done = list(steps)
+    if not done or done[-1].token.finish_reason is None:
+        raise TmacError("the completion was cancelled before it was complete")
+    return reply.whole(done)
+
+
+def _chunks(reply: Reply, steps: Generator[Step, None, None]) -> Generator[Json, None, None]:
+    with closing(steps):
+        yield from reply.opening()
+        for step in steps:
+            yield from reply.chunks(step)
+
+
+def _steps(
+    tokens: Generator[Token, None, None], alternatives: _Alternatives
+) -> Generator[Step, None, None]:
+    with closing(tokens):
+        for token in tokens:
+            yield Step(token, alternatives.last)
+
+
+class _Alternatives:
+    """A processor that changes nothing and keeps the ``n`` likeliest tokens of the last place."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self.last: tuple[tuple[int, float], ...] = ()
+
+    def __call__(self, _ids: Ids, logits: Logits) -> None:
+        self.last = tuple(top_logprobs(logits, self._n))
+
+
+def _include_usage(options: CompletionOptions) -> bool:
+    return bool((options.get("stream_options") or {}).get("include_usage"))
+
+
+def _generation_options(options: CompletionOptions) -> GenerationOptions:
+    """The part of ``options`` that ``Model.stream`` takes, in its terms."""
+    own = CompletionOptions.__annotations__.keys() - GenerationOptions.__annotations__.keys()
+    wanted: Any = {name: value for name, value in options.items() if name not in own}
+    if "max_tokens" in wanted and (wanted["max_tokens"] is None or wanted["max_tokens"] < 1):
+        wanted["max_tokens"] = -1
+    if wanted.get("seed") == -1:
+        wanted["seed"] = None
+    bias = wanted.get("logit_bias")
+    if isinstance(bias, Mapping):
+        wanted["logit_bias"] = {_token_id(token): value for token, value in bias.items()}
+    checked: GenerationOptions = wanted
+    return checked
+
+
+def _token_id(token: object) -> object:
+    """JSON has only texts for keys."""
+    return int(token) if isinstance(token, str) and token.isdecimal() else token
