@@ -118,10 +118,17 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("-n", "--tokens", type=int, default=128, help="of each answer")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument(
+        "--draft",
+        choices=("lookup", "none"),
+        default="none",
+        help="guesses for the one client, which depend on how often the text repeats itself",
+    )
     args = parser.parse_args()
     with LutFile.open(args.model, check=False) as file:
         forbidden = file.config.eos_token_ids
     options = ["-t", str(args.threads), "--parallel", str(args.clients), "--no-check"]
+    options += ["--draft", args.draft]
     with running_server(args.model, options) as port:
         run(port, args.clients, 8, forbidden)
         pairs = []

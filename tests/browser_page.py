@@ -33,6 +33,13 @@ def main(url: str, chromium: str, picture: str) -> None:
         page.wait_for_selector(".note", **WAIT)
         page.screenshot(path=picture)
         assert page.inner_text(".assistant")
+        whole = (
+            "[...document.querySelectorAll('.turn')].every(t => t.scrollHeight <= t.clientHeight)"
+        )
+        assert page.evaluate(whole), "a turn is cut off"
+        page.set_viewport_size({"width": 360, "height": 640})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        page.set_viewport_size({"width": 900, "height": 700})
         page.fill("#max", "2000")
         page.fill("#text", "Write a very long story about rain.")
         page.press("#text", "Enter")

@@ -124,3 +124,20 @@ def test_errors_and_a_cancel_of_ones_own(model: Model) -> None:
         assert (await model.agenerate("the cat", cancel=cancel)).finish_reason == "cancelled"
 
     asyncio.run(main())
+
+
+def test_a_session_that_was_left_goes_on(model: Model) -> None:
+    async def main() -> None:
+        session = model.new_session()
+        whole = await session.agenerate("the cat", **OPTIONS)
+        assert whole.ids == model.generate("the cat", **OPTIONS).ids
+        tokens = session.astream("the cat", draft="none", **OPTIONS)
+        async with aclosing(tokens):
+            async for token in tokens:
+                if token.n_gen == 3:
+                    break
+        assert session.ids == (*model.check_prompt("the cat").tolist(), *whole.ids[:2])
+        again = await session.agenerate("the cat", **OPTIONS)
+        assert again.ids == whole.ids
+
+    asyncio.run(main())

@@ -14,6 +14,13 @@ from tmac_py import Model, OptionError, TmacError
 from tmac_py.sampling import top_logprobs
 
 HELLO = [{"role": "user", "content": "the cat"}]
+LOOK = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "parameters": {"type": "object", "properties": {"at": {"enum": ["cat", "mat"]}}},
+    },
+}
 SEEDED = {"seed": 5, "temperature": 1.0, "max_tokens": 12, "logit_bias": {"2": -float("inf")}}
 SAME = {**SEEDED, "logit_bias": {2: -float("inf")}}
 
@@ -89,10 +96,34 @@ def test_messages_in_parts_and_calls_are_read(model: Model) -> None:
     with Model.load(model.path, threads=1, chat_template=template) as other:
         for choice, text in ((None, "the cat False"), ("none", "the cat True")):
             completion = other.create_chat_completion(
-                asked, tools=[{"type": "function"}], tool_choice=choice, max_tokens=1
+                asked, tools=[LOOK], tool_choice=choice, max_tokens=1
             )
             wanted = len(other.tokenizer.encode(text, add_special=False))
             assert completion["usage"]["prompt_tokens"] == wanted
+
+
+@pytest.mark.parametrize("choice", ["required", {"function": {"name": "look"}}])
+def test_tools_that_have_to_be_called(model: Model, choice: object) -> None:
+    asked = {"tools": [LOOK], "tool_choice": choice, "seed": 1}
+    completion = model.create_chat_completion(HELLO, **asked)
+    (answer,) = completion["choices"]
+    (call,) = answer["message"]["tool_calls"]
+    assert answer["finish_reason"] == "tool_calls"
+    assert call["function"]["name"] == "look"
+    assert json.loads(call["function"]["arguments"]).get("at", "cat") in ("cat", "mat")
+    ChatCompletion.model_validate_json(json.dumps(completion), strict=True)
+    chunks = list(model.create_chat_completion(HELLO, stream=True, **asked))
+    calls = [c for chunk in chunks for c in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert [one["function"] for one in calls] == [call["function"]]
+
+
+def test_echo(model: Model) -> None:
+    answer = model.generate("the cat", **SAME)
+    for prompt in ("the cat", model.check_prompt("the cat").tolist()):
+        completion = model.create_completion(prompt, echo=True, **SEEDED)
+        assert completion["choices"][0]["text"] == "the cat" + answer
+        chunks = model.create_completion(prompt, echo=True, stream=True, **SEEDED)
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "the cat" + answer
 
 
 def test_logprobs(model: Model) -> None:
@@ -132,15 +163,20 @@ def test_forms_and_limits(model: Model) -> None:
 def test_what_is_wrong(model: Model) -> None:
     for call, text in (
         (lambda: model.create_completion("a", logprobs=21), "logprobs is 21; allowed: 0 to 20"),
+        (lambda: model.create_completion("a", max_tokens="9"), "max_tokens is '9'; allowed: 1 up"),
+        (lambda: model.generate("a", max_tokens="9"), "max_tokens is '9'; allowed: 1 up"),
         (lambda: model.create_chat_completion([]), "messages is missing or empty"),
-        (lambda: model.create_chat_completion(HELLO, tool_choice="x"), "tool_choice is 'x'"),
+        (lambda: model.create_chat_completion(HELLO, tool_choice="x"), "tool_choice: allowed"),
+        (lambda: model.create_chat_completion(HELLO, tool_choice="required"), "no such tool"),
+        (lambda: model.create_chat_completion(HELLO, tools=[{}]), "has no function with a name"),
+        (lambda: model.create_completion("a", echo=True, logprobs=1), "echo and logprobs"),
         (lambda: model.create_chat_completion(HELLO, top_logprobs=1), "needs logprobs=True"),
         (lambda: model.create_completion("a", logit_bias={"x": 1}), "token id of logit_bias"),
         (
             lambda: model.create_completion(
                 "a", response_format={"type": "json_object"}, regex="a"
             ),
-            "response_format and one of json_schema",
+            "several forms of one answer",
         ),
     ):
         with pytest.raises(OptionError, match=text):

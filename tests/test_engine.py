@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 import tiny_model as tiny
+from engine_clients import Client, alone, drive, prompt, request
 from tmac_py.errors import ContextError, OptionError, TmacError
-from tmac_py.generate import Step
 from tmac_py.model import Model
-from tmac_py.sampling import Logits, Sampler, SamplingParams
+from tmac_py.sampling import Logits
 from tmac_py.server.engine import Engine
 from tmac_py.server.fair_queue import FairQueue
-from tmac_py.server.jobs import BusyError, CancelledError, Job, Request
+from tmac_py.server.jobs import BusyError, CancelledError, Request
 
 N_CTX = 400
 
@@ -27,59 +26,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     tiny.write_tiny_model(
         path, max_position_embeddings=N_CTX, special=("embed",), quantize=tiny.flat_head
     )
-    with Model.load(path, threads=2) as model:
+    with Model.load(path, threads=1) as model:
         yield model
-
-
-def prompt(seed: int, n: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(3, tiny.VOCAB, n).astype(np.int32)
-
-
-def request(
-    ids: np.ndarray, n: int = 12, *, temperature: float = 0.0, seed: int = 0, **options
-) -> Request:
-    bias = {2: -np.inf}  # no end token: an answer has n tokens
-    params = SamplingParams(temperature=temperature, seed=seed, logit_bias=bias)
-    processors = options.pop("processors", ())
-    return Request(prompt=ids, sampler=Sampler(params, processors), max_tokens=n, **options)
-
-
-class Client:
-    """Collects what the engine says to one client."""
-
-    def __init__(self, engine: Engine, wanted: Request) -> None:
-        self.steps: list[Step] = []
-        self.error: Exception | None = None
-        self.ended = threading.Event()
-        self.job: Job = engine.submit(wanted, self)
-
-    def __call__(self, event: Step | Exception) -> None:
-        assert not self.ended.is_set(), "told something after the end"
-        if isinstance(event, Step):
-            self.steps.append(event)
-        else:
-            self.error = event
-        if isinstance(event, Exception) or event.token.finish_reason:
-            self.ended.set()
-
-    @property
-    def ids(self) -> list[int]:
-        return [step.token.id for step in self.steps]
-
-
-def drive(engine: Engine) -> int:
-    """Steps until all is done."""
-    return next(n for n in itertools.count() if not engine.step())
-
-
-def alone(model: Model, *wanted: Request) -> list[list[Step]]:
-    answers = []
-    for one in wanted:
-        engine = Engine(model, parallel=1)
-        client = Client(engine, one)
-        drive(engine)
-        answers.append(client.steps)
-    return answers
 
 
 def mixed_requests() -> list[Request]:
@@ -155,7 +103,7 @@ def test_closing_ends_everything(model: Model) -> None:
 
 
 def test_a_cancelled_request_frees_its_slot_before_the_next_step(model: Model) -> None:
-    engine = Engine(model, parallel=1)
+    engine = Engine(model, parallel=1, guess=False)
     first = Client(engine, request(prompt(1, 5), 200))
     waiting, last = Client(engine, request(prompt(2, 5))), Client(engine, request(prompt(3, 5), 3))
     for _ in range(4):
@@ -172,7 +120,7 @@ def test_a_cancelled_request_frees_its_slot_before_the_next_step(model: Model) -
 
 
 def test_a_prompt_can_be_cancelled_half_way(model: Model) -> None:
-    engine = Engine(model, parallel=1, chunk=16)
+    engine = Engine(model, parallel=1, chunk=16, guess=False)
     long = Client(engine, request(prompt(1, 300)))
     engine.step()
     engine.step()
@@ -186,7 +134,7 @@ def test_a_prompt_can_be_cancelled_half_way(model: Model) -> None:
 
 def test_a_long_prompt_stalls_nobody_for_more_than_a_chunk(model: Model) -> None:
     """Answers get a token in every step; a short prompt's turn comes after one chunk of a long."""
-    engine = Engine(model, parallel=4, chunk=16)
+    engine = Engine(model, parallel=4, chunk=16, guess=False)
     talker = Client(engine, request(prompt(1, 4), 60))
     engine.step()
     long = [Client(engine, request(prompt(2 + i, 320), 1)) for i in range(2)]

@@ -150,11 +150,8 @@ std::unique_ptr<PyDecoder> make_decoder(const py::object& embed_tokens, const py
   return self;
 }
 
-py::array_t<float> forward(PyDecoder& self, const py::list& batch, ThreadPool& pool,
-                           const std::string& logits, StepTimes* times) {
-  check_argument(logits == "last" || logits == "all", "logits must be 'last' or 'all', not '",
-                 logits, "'");
-  const bool all = logits == "all";
+py::array_t<float> run(PyDecoder& self, const py::list& batch, ThreadPool& pool, Output output,
+                       StepTimes* times) {
   std::vector<std::vector<int32_t>> ids;  // what is checked must not change afterwards
   std::vector<Sequence> sequences;
   int64_t rows = 0;
@@ -164,13 +161,25 @@ py::array_t<float> forward(PyDecoder& self, const py::list& batch, ThreadPool& p
     const auto* data = array_data<int32_t>(array, "ids", {n}, "int32");
     ids.emplace_back(data, data + n);
     sequences.push_back({ids.back().data(), n, cache});
-    rows += all ? n : 1;
+    rows += output == Output::kLastLogits ? 1 : n;
   }
-  py::array_t<float> out({rows, self.decoder->vocab()});
+  py::array_t<float> out({rows, self.decoder->width(output)});
   float* data = out.mutable_data();
   py::gil_scoped_release release;
-  self.decoder->forward(sequences, all, pool, data, times);
+  self.decoder->forward(sequences, output, pool, data, times);
   return out;
+}
+
+py::array_t<float> forward(PyDecoder& self, const py::list& batch, ThreadPool& pool,
+                           const std::string& logits, StepTimes* times) {
+  check_argument(logits == "last" || logits == "all", "logits must be 'last' or 'all', not '",
+                 logits, "'");
+  const Output output = logits == "all" ? Output::kAllLogits : Output::kLastLogits;
+  return run(self, batch, pool, output, times);
+}
+
+py::array_t<float> hidden_states(PyDecoder& self, const py::list& batch, ThreadPool& pool) {
+  return run(self, batch, pool, Output::kHiddenStates, nullptr);
 }
 
 }  // namespace
@@ -204,7 +213,9 @@ void bind_decoder(py::module_& module) {
                              [](const PyDecoder& self) { return self.decoder->vocab(); })
       .def("forward", &forward, "batch"_a, "pool"_a, py::kw_only(), "logits"_a = "last",
            "times"_a = py::none(),
-           "Appends to each cache its ids; logits of the last of each, or of all ids.");
+           "Appends to each cache its ids; logits of the last of each, or of all ids.")
+      .def("hidden_states", &hidden_states, "batch"_a, "pool"_a,
+           "The same; hidden states of all ids after the final norm.");
 }
 
 }  // namespace tmac

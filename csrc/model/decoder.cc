@@ -192,8 +192,8 @@ int64_t Decoder::end_of_pass(const std::vector<Token>& tokens, int64_t first, in
   return end;
 }
 
-void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool, float* logits,
-                      StepTimes* times) {
+void Decoder::forward(const std::vector<Sequence>& batch, Output output, ThreadPool& pool,
+                      float* out, StepTimes* times) {
   kernels();  // throws, if it must, before the threads set out
   for (size_t i = 0; i < batch.size(); ++i) {
     for (size_t j = 0; j < i; ++j) {
@@ -208,28 +208,36 @@ void Decoder::forward(const std::vector<Sequence>& batch, bool all, ThreadPool& 
     KvCache& cache = *sequence.cache;
     if (cache.pos() == 0) cache.set_long_rope(config_.turns_long(cache.n_ctx()));
   }
-  std::vector<int64_t> outputs;  // tokens whose logits are wanted
+  const bool last = output == Output::kLastLogits;
+  std::vector<int64_t> outputs;  // tokens that are asked for
   int64_t n = 0, longest = 0;
   for (const Sequence& sequence : batch) {
-    for (int64_t t = all ? n : n + sequence.n - 1; t < n + sequence.n; ++t) outputs.push_back(t);
+    for (int64_t t = last ? n + sequence.n - 1 : n; t < n + sequence.n; ++t) outputs.push_back(t);
     n += sequence.n;
     longest = std::max(longest, sequence.cache->n_ctx());
   }
 
-  const int64_t at_once =
-      std::min(n, all || batch.size() > 1 ? tokens_at_once_with_head_ : tokens_at_once_);
+  const bool one_row = last && batch.size() == 1;
+  const bool head_of_many = output != Output::kHiddenStates && !one_row;
+  const int64_t at_once = std::min(n, head_of_many ? tokens_at_once_with_head_ : tokens_at_once_);
   std::unique_ptr<Activations> activations = take_activations(at_once, pool.threads(), longest);
-  size_t output = 0;
+  size_t done = 0;
   for (int64_t first = 0, end = 0; first < n; first = end) {
     end = end_of_pass(tokens, first, std::min(first + at_once, n));
-    const size_t here = output;
-    while (output < outputs.size() && outputs[output] < end) ++output;
-    const auto count = static_cast<int64_t>(output - here);
+    const int64_t* here = outputs.data() + done;
+    float* rows = out + static_cast<int64_t>(done) * width(output);
+    const size_t before = done;
+    while (done < outputs.size() && outputs[done] < end) ++done;
+    const auto count = static_cast<int64_t>(done - before);
     pool.run([&](Team& team) {
       Pass pass(*this, *activations, team, tokens.data() + first, end - first, times);
       pass.embed();
       for (size_t i = 0; i < weights_.layers.size(); ++i) pass.layer(i);
-      pass.head(outputs.data() + here, count, first, logits + static_cast<int64_t>(here) * vocab());
+      if (output == Output::kHiddenStates) {
+        pass.final_norm(here, count, first, rows);
+      } else {
+        pass.head(here, count, first, rows);
+      }
     });
   }
   for (const Sequence& sequence : batch) sequence.cache->advance(sequence.n);

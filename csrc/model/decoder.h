@@ -104,6 +104,10 @@ struct Sequence {
   KvCache* cache;  // what came before; grows by them
 };
 
+// What a step gives of its tokens: logits of the last of each sequence, logits of all, or the
+// hidden states of all after the final norm.
+enum class Output { kLastLogits, kAllLogits, kHiddenStates };
+
 struct Activations;
 class StepTimes;
 struct Token;
@@ -116,13 +120,17 @@ class Decoder {
   ~Decoder();
 
   int64_t vocab() const { return weights_.lm_head.spec.m; }
+  // Numbers that a step gives of a token.
+  int64_t width(Output output) const {
+    return output == Output::kHiddenStates ? weights_.embed_tokens.spec.k : vocab();
+  }
 
   // Appends to each cache the tokens of its sequence; all of them share the passes over the
-  // weights. logits: [batch, vocab] of the last tokens, or [tokens of all sequences, vocab] if
-  // `all`. Throws std::invalid_argument for an id outside the vocabulary and for a cache that is of
-  // another shape, has no room or stands twice in the batch, std::runtime_error for one that is in
-  // use; all caches are then unchanged. `times`, unless null, adds up what the parts take.
-  void forward(const std::vector<Sequence>& batch, bool all, ThreadPool& pool, float* logits,
+  // weights. out: [batch, width] for the last tokens, else [tokens of all sequences, width]. Throws
+  // std::invalid_argument for an id outside the vocabulary and for a cache that is of another
+  // shape, has no room or stands twice in the batch, std::runtime_error for one that is in use; all
+  // caches are then unchanged. `times`, unless null, adds up what the parts take.
+  void forward(const std::vector<Sequence>& batch, Output output, ThreadPool& pool, float* out,
                StepTimes* times = nullptr);
 
  private:

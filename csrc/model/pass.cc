@@ -73,6 +73,17 @@ void Decoder::Pass::head(const int64_t* outputs, int64_t count, int64_t first, f
   ended(Part::kHead);
 }
 
+void Decoder::Pass::final_norm(const int64_t* outputs, int64_t count, int64_t first,
+                               float* normed) {
+  team.parallel_for(count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      isa.rms_norm(a.x.data() + (outputs[i] - first) * hidden, weights.final_norm, hidden,
+                   config.rms_norm_eps, normed + i * hidden);
+    }
+  });
+  ended(Part::kInputs);
+}
+
 // y[t, begin..end) += bias[begin..end); rows of y are `stride` apart.
 void Decoder::Pass::add_bias(const float* bias, int64_t count, int64_t begin, int64_t end, float* y,
                              int64_t stride) {

@@ -38,6 +38,8 @@ struct Decoder::Pass {
   void layer(size_t index);
   // Logits [count, vocab] of tokens of this pass; `outputs` count from `first`, its first token.
   void head(const int64_t* outputs, int64_t count, int64_t first, float* logits);
+  // What the head would read of them, [count, hidden].
+  void final_norm(const int64_t* outputs, int64_t count, int64_t first, float* normed);
 
  private:
   struct Product {

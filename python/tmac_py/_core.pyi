@@ -217,6 +217,9 @@ class Decoder:
         logits: Literal["last", "all"] = "last",
         times: StepTimes | None = None,
     ) -> NDArray[np.float32]: ...
+    def hidden_states(
+        self, batch: list[tuple[NDArray[np.int32], KvCache]], pool: ThreadPool
+    ) -> NDArray[np.float32]: ...
 
 class KvCache:
     """Keys and values of one sequence."""

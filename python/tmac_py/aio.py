@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from functools import partial
 from typing import TypeVar
 
-from tmac_py.cancelling import Cancel
+from tmac_py.cancelling import AnyOf, Cancel
+from tmac_py.options import GenerationOptions
 
 T = TypeVar("T")
 
@@ -35,6 +36,11 @@ async def iterate(start: Callable[[Cancel], Generator[T, None, None]]) -> AsyncG
             yield item
     finally:
         items.close()
+
+
+def stoppable(options: GenerationOptions, stop: Cancel) -> GenerationOptions:
+    """``options`` of a generation that ``stop`` ends too."""
+    return {**options, "cancel": AnyOf(options.get("cancel"), stop)}
 
 
 async def _call(work: Callable[[], T], stop: threading.Event) -> T:

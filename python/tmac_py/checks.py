@@ -7,6 +7,7 @@ import operator
 from typing import Any, cast, get_args
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from tmac_py.errors import OptionError, TmacError
 from tmac_py.machine import MAX_THREADS, default_threads
@@ -45,6 +46,23 @@ def check_real(
         valid = math.isfinite(value) and low <= value <= high and not (above_low and value == low)
     if not valid:
         raise OptionError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def check_ids(ids: ArrayLike, vocab_size: int) -> NDArray[np.int32]:
+    """``ids`` as int32 [n], n >= 1; OptionError unless all are within the vocabulary."""
+    try:
+        array = np.asarray(ids)
+    except ValueError as error:
+        raise OptionError("token ids must be a sequence of integers") from error
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise OptionError("token ids must be a sequence of integers")
+    if not array.size:
+        raise OptionError("the prompt has no tokens")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= vocab_size:
+        outside = low if low < 0 else high
+        raise OptionError(f"token id {outside} is outside the vocabulary of {vocab_size}")
+    return np.ascontiguousarray(array, dtype=np.int32)
 
 
 def check_threads(threads: int | None) -> int:

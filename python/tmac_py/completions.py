@@ -7,14 +7,16 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from tmac_py.checks import check_whole
-from tmac_py.constraints import FORMS, read_form, response_form
+from tmac_py.constraints import FORMS, Form, read_form, response_form, schema_form
 from tmac_py.errors import OptionError, TmacError
 from tmac_py.generate import Step, Token
-from tmac_py.openai_messages import read_messages
+from tmac_py.openai_messages import choose_tools, read_messages, read_tools
 from tmac_py.openai_replies import Reply, ReplyShape
 from tmac_py.options import GenerationOptions
+from tmac_py.plans import DEFAULT_MAX_TOKENS
 from tmac_py.sampling import Ids, Logits, check_processors, top_logprobs
 from tmac_py.text_methods import TextMethods, chat_ids
+from tmac_py.tool_calls import call_schema
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -28,7 +30,7 @@ MAX_LOGPROBS = 20
 class CompletionOptions(GenerationOptions, total=False):
     """Keyword arguments of the two methods: :class:`tmac_py.options.GenerationOptions` and these.
 
-    ``max_tokens`` None or below 1 is no limit but the context's, ``seed`` -1 a random one, and the
+    ``max_tokens`` None, 0 or -1 is no limit but the context's, ``seed`` -1 a random one, and the
     token ids of ``logit_bias`` may be texts, as in JSON.
 
     Attributes:
@@ -59,6 +61,7 @@ class CompletionMethods(TextMethods):
         *,
         stream: Literal[False] = False,
         logprobs: int | None = None,
+        echo: bool = False,
         **options: Unpack[CompletionOptions],
     ) -> Json: ...
 
@@ -69,6 +72,7 @@ class CompletionMethods(TextMethods):
         *,
         stream: Literal[True],
         logprobs: int | None = None,
+        echo: bool = False,
         **options: Unpack[CompletionOptions],
     ) -> Generator[Json, None, None]: ...
 
@@ -78,6 +82,7 @@ class CompletionMethods(TextMethods):
         *,
         stream: bool = False,
         logprobs: int | None = None,
+        echo: bool = False,
         **options: Unpack[CompletionOptions],
     ) -> Json | Generator[Json, None, None]:
         """Continue ``prompt``: a "text_completion" object, or its chunks.
@@ -86,13 +91,18 @@ class CompletionMethods(TextMethods):
             prompt: text or token ids.
             stream: give chunks as they come.
             logprobs: log probabilities of the tokens, and of so many alternatives, 0 to 20.
+            echo: the text begins with the prompt; not together with ``logprobs``.
             options: see :class:`CompletionOptions`. ``max_tokens`` left out is 256, not 16.
 
         Raises:
             as ``Model.stream``; and TmacError for an answer that ``cancel`` cut short.
         """
+        if echo and logprobs is not None:
+            raise OptionError("echo and logprobs; allowed: either (Model.score has the prompt's)")
+        text = prompt if isinstance(prompt, str) else self._model.tokenizer.decode(prompt)
         shape = ReplyShape(
             chat=False,
+            echo=(text,) if echo else (),
             logprobs=logprobs is not None,
             top_logprobs=check_whole("logprobs", logprobs or 0, 0, MAX_LOGPROBS),
             include_usage=_include_usage(options),
@@ -106,7 +116,7 @@ class CompletionMethods(TextMethods):
         *,
         stream: Literal[False] = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         logprobs: bool | None = None,
         top_logprobs: int | None = None,
@@ -120,7 +130,7 @@ class CompletionMethods(TextMethods):
         *,
         stream: Literal[True],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         logprobs: bool | None = None,
         top_logprobs: int | None = None,
@@ -133,7 +143,7 @@ class CompletionMethods(TextMethods):
         *,
         stream: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         logprobs: bool | None = None,
         top_logprobs: int | None = None,
@@ -144,8 +154,10 @@ class CompletionMethods(TextMethods):
         Args:
             messages: as OpenAI has them; contents in parts of type "text" and tool calls too.
             stream: give chunks as they come.
-            tools: passed to the chat template; calls that the model writes are text.
-            tool_choice: "auto", or "none" to leave the tools out.
+            tools: passed to the chat template; calls that the model writes are the answer's
+                "tool_calls".
+            tool_choice: "auto", "none" to leave the tools out, "required" or {"type": "function",
+                "function": {"name": ...}} to make the model call one (needs llguidance).
             chat_template_kwargs: more names for the template.
             logprobs: log probabilities of the tokens.
             top_logprobs: and of so many alternatives, 0 to 20.
@@ -154,8 +166,7 @@ class CompletionMethods(TextMethods):
         Raises:
             as ``Model.chat``; and TmacError for an answer that ``cancel`` cut short.
         """
-        if tool_choice not in (None, "auto", "none"):
-            raise OptionError(f"tool_choice is {tool_choice!r}; allowed: 'auto', 'none'")
+        chosen, required = choose_tools(read_tools(tools), tool_choice)
         if top_logprobs and not logprobs:
             raise OptionError("top_logprobs needs logprobs=True")
         shape = ReplyShape(
@@ -163,17 +174,19 @@ class CompletionMethods(TextMethods):
             logprobs=bool(logprobs),
             top_logprobs=check_whole("top_logprobs", top_logprobs or 0, 0, MAX_LOGPROBS),
             include_usage=_include_usage(options),
+            tools=frozenset(tool["function"]["name"] for tool in chosen),
         )
+        form = schema_form(call_schema(chosen), "tool_choice") if required else None
         ids = chat_ids(
             self._model,
             read_messages(messages),
-            tools if tools and tool_choice != "none" else None,
+            chosen or None,
             chat_template_kwargs,
         )
         if options.get("trim_space") is None:
             options["trim_space"] = True
         options.setdefault("max_tokens", None)
-        return _answer(self._model, ids, shape, stream, options)
+        return _answer(self._model, ids, shape, stream, options, form)
 
 
 def _answer(
@@ -182,7 +195,9 @@ def _answer(
     shape: ReplyShape,
     stream: bool,
     options: CompletionOptions,
+    form: Form | None = None,
 ) -> Json | Generator[Json, None, None]:
+    """``form`` is that of the answer, unless the options ask for one."""
     reply = Reply(shape, model.tokenizer, options.get("model") or model.path.stem)
     alternatives = _Alternatives(shape.top_logprobs)
     wanted = _generation_options(options)
@@ -190,10 +205,14 @@ def _answer(
     processors = list(check_processors(wanted.get("logits_processor") or ()))
     if shape.top_logprobs:
         processors.insert(0, alternatives)
-    form = response_form(options.get("response_format"))
+    asked = response_form(options.get("response_format"))
+    if len([one for one in (form, asked, read_form(options)) if one is not None]) > 1:
+        raise OptionError(
+            "several forms of one answer; allowed: one of response_format, tool_choice, "
+            f" {', '.join(FORMS)}"
+        )
+    form = form or asked
     if form is not None:
-        if read_form(options) is not None:
-            raise OptionError(f"response_format and one of {', '.join(FORMS)}; allowed: either")
         processors.append(model.constraints.processor(form, len(ids)))
     wanted["logits_processor"] = processors
     tokens = model.stream(ids, n_ctx=options.get("n_ctx", 0), kv=options.get("kv", "f16"), **wanted)
@@ -242,8 +261,8 @@ def _generation_options(options: CompletionOptions) -> GenerationOptions:
     """The part of ``options`` that ``Model.stream`` takes, in its terms."""
     own = CompletionOptions.__annotations__.keys() - GenerationOptions.__annotations__.keys()
     wanted: Any = {name: value for name, value in options.items() if name not in own}
-    if "max_tokens" in wanted and (wanted["max_tokens"] is None or wanted["max_tokens"] < 1):
-        wanted["max_tokens"] = -1
+    limit = wanted.get("max_tokens", DEFAULT_MAX_TOKENS)
+    wanted["max_tokens"] = -1 if limit is None or limit in range(-1, 1) else limit
     if wanted.get("seed") == -1:
         wanted["seed"] = None
     bias = wanted.get("logit_bias")

@@ -14,6 +14,9 @@ PREFILL_CHUNK = 256
 """Prompt tokens per call of the core, which takes as many through a layer at once. Ctrl-C and
 cancellation are answered between calls."""
 
+SAME_BITS = 16
+"""Ids in one pass that get the bits each would get alone (``Model.forward_batch``)."""
+
 Ids = NDArray[np.int32]
 Logits = NDArray[np.float32]
 Progress = Callable[[int, int], None]

@@ -154,7 +154,7 @@ class StopFinder:
             self.found, self._held = True, ""
             end, negative_length = min(hits)
             return text[: end + negative_length]
-        held = max(_overlap(text, s) for s in self._stop)
+        held = max(overlap(text, s) for s in self._stop)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
@@ -164,7 +164,7 @@ class StopFinder:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that is a beginning of ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

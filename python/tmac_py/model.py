@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tmac_py import _core
-from tmac_py.checks import check_kv, check_tables, check_threads, check_whole
+from tmac_py.checks import check_ids, check_kv, check_tables, check_threads, check_whole
 from tmac_py.completions import CompletionMethods
 from tmac_py.config import ModelConfig
 from tmac_py.constraints import Constraints
 from tmac_py.decoder import build_decoder
 from tmac_py.decoding import PREFILL_CHUNK
+from tmac_py.embedding import OnePooling, Pooling, Texts, embed
 from tmac_py.errors import ContextError, ModelFileError, OptionError, TmacError
 from tmac_py.generation_defaults import load_defaults
 from tmac_py.lutfile import LutFile
@@ -223,29 +225,45 @@ class Model(CompletionMethods):
         """
         if logits not in ("last", "all"):
             raise OptionError(f"logits is {logits!r}; allowed: 'last', 'all'")
-        if not ids or len(ids) != len(caches):
-            raise OptionError(
-                f"{len(ids)} sequences of ids and {len(caches)} caches; allowed: as many of each, "
-                "at least one"
-            )
-        batch = [(self._check_ids(own), cache) for own, cache in zip(ids, caches, strict=True)]
-        for own, cache in batch:
-            if cache.pos + len(own) > cache.n_ctx:
-                raise ContextError(
-                    f"{len(own)} tokens do not fit: the context holds {cache.n_ctx} "
-                    f"and {cache.pos} are in use"
-                )
-        try:
+        batch = self._check_batch(ids, caches)
+        with _core_errors():
             out = self._open_decoder().forward(batch, self._pool, logits=logits, times=times)
-        except ValueError as error:
-            raise OptionError(str(error)) from error
-        except RuntimeError as error:
-            if _BUSY not in str(error):
-                raise
-            raise TmacError(str(error)) from error
         if logits == "last":
             return list(out)
-        return np.split(out, np.cumsum([len(own) for own, _ in batch])[:-1])
+        return _by_sequence(out, batch)
+
+    def hidden_states(
+        self, ids: Sequence[ArrayLike], caches: Sequence[_core.KvCache]
+    ) -> list[NDArray[np.float32]]:
+        """As :meth:`forward_batch`, but for what the head reads instead of what it gives.
+
+        Returns:
+            for each sequence float32 [n, hidden]: the last layer's output after the final norm.
+        """
+        batch = self._check_batch(ids, caches)
+        with _core_errors():
+            return _by_sequence(self._open_decoder().hidden_states(batch, self._pool), batch)
+
+    @overload
+    def embed(
+        self, texts: Texts, *, pooling: OnePooling = "mean", normalize: bool = True
+    ) -> NDArray[np.float32]: ...
+
+    @overload
+    def embed(
+        self, texts: Texts, *, pooling: Literal["none"], normalize: bool = True
+    ) -> list[NDArray[np.float32]]: ...
+
+    def embed(
+        self, texts: Texts, *, pooling: Pooling = "mean", normalize: bool = True
+    ) -> NDArray[np.float32] | list[NDArray[np.float32]]:
+        """Embeddings of texts, a row for each: float32 [n, hidden].
+
+        With ``pooling="none"`` a list with float32 [tokens, hidden] for each text. Arguments and
+        errors as :func:`tmac_py.embedding.embed`.
+        """
+        vectors = embed(self, texts, pooling=pooling, normalize=normalize)
+        return vectors if pooling == "none" else np.stack(vectors)
 
     def logits(self, ids: ArrayLike) -> Logits:
         """Logits after each of ``ids`` from an empty context: float32 [n, vocab].
@@ -312,6 +330,23 @@ class Model(CompletionMethods):
     def _model(self) -> Model:
         return self
 
+    def _check_batch(
+        self, ids: Sequence[ArrayLike], caches: Sequence[_core.KvCache]
+    ) -> list[tuple[Ids, _core.KvCache]]:
+        if not ids or len(ids) != len(caches):
+            raise OptionError(
+                f"{len(ids)} sequences of ids and {len(caches)} caches; allowed: as many of each, "
+                "at least one"
+            )
+        batch = [(self._check_ids(own), cache) for own, cache in zip(ids, caches, strict=True)]
+        for own, cache in batch:
+            if cache.pos + len(own) > cache.n_ctx:
+                raise ContextError(
+                    f"{len(own)} tokens do not fit: the context holds {cache.n_ctx} "
+                    f"and {cache.pos} are in use"
+                )
+        return batch
+
     def _open_decoder(self) -> _core.Decoder:
         if self._decoder is None:
             raise TmacError(f"{self.path}: the model is closed")
@@ -325,25 +360,30 @@ class Model(CompletionMethods):
         return self._check_ids(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
 
     def _check_ids(self, ids: ArrayLike) -> Ids:
-        """``ids`` as int32 [n], n >= 1, all within the vocabulary."""
-        try:
-            array = np.asarray(ids)
-        except ValueError as error:
-            raise OptionError("token ids must be a sequence of integers") from error
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise OptionError("token ids must be a sequence of integers")
-        if not array.size:
-            raise OptionError("the prompt has no tokens")
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high >= self.config.vocab_size:
-            raise OptionError(
-                f"token id {low if low < 0 else high} is outside the vocabulary "
-                f"of {self.config.vocab_size}"
-            )
-        return np.ascontiguousarray(array, dtype=np.int32)
+        return check_ids(ids, self.config.vocab_size)
 
     def _check_n_ctx(self, n_ctx: int) -> int:
         """``n_ctx`` with 0 replaced by the model's own size."""
         note = " (0 = all the model allows)"
         n_ctx = check_whole("n_ctx", n_ctx, 0, self.n_ctx, note=note, error=ContextError)
         return n_ctx or self.n_ctx
+
+
+@contextmanager
+def _core_errors() -> Iterator[None]:
+    """Errors of the core as those of the package."""
+    try:
+        yield
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    except RuntimeError as error:
+        if _BUSY not in str(error):
+            raise
+        raise TmacError(str(error)) from error
+
+
+def _by_sequence(
+    rows: NDArray[np.float32], batch: Sequence[tuple[Ids, _core.KvCache]]
+) -> list[NDArray[np.float32]]:
+    """Rows of all tokens as those of each sequence."""
+    return np.split(rows, np.cumsum([len(own) for own, _ in batch])[:-1])

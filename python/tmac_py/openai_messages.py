@@ -1,4 +1,4 @@
-"""Messages in OpenAI's shape as chat templates know them."""
+"""Messages and tools in OpenAI's shape as chat templates know them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,37 @@ def read_messages(messages: object) -> list[dict[str, Any]]:
     if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
         raise OptionError(f"messages is {reprlib.repr(messages)}; allowed: a list of objects")
     return [_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
+
+
+def read_tools(tools: object) -> list[dict[str, Any]]:
+    """The tools; none for None. OptionError: one is malformed."""
+    if tools is None:
+        return []
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise OptionError(f"tools is {reprlib.repr(tools)}; allowed: a list of objects")
+    for i, tool in enumerate(tools):
+        function = tool.get("function")
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise OptionError(f"tools[{i}] has no function with a name")
+        if not isinstance(function.get("parameters", {}), Mapping | None):
+            raise OptionError(f"tools[{i}].function.parameters: allowed: an object")
+    return [dict(tool) for tool in tools]
+
+
+def choose_tools(tools: list[dict[str, Any]], choice: object) -> tuple[list[dict[str, Any]], bool]:
+    """Those that OpenAI's ``tool_choice`` leaves, and whether one of them has to be called."""
+    if choice == "none":
+        return [], False
+    if choice in (None, "auto"):
+        return tools, False
+    if isinstance(choice, Mapping) and isinstance(choice.get("function"), Mapping):
+        name = choice["function"].get("name")
+        tools = [tool for tool in tools if tool["function"]["name"] == name]
+    elif choice != "required":
+        raise OptionError("tool_choice: allowed: 'auto', 'none', 'required', or a function")
+    if not tools:
+        raise OptionError("tool_choice: there is no such tool")
+    return tools, True
 
 
 def _message(where: str, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -11,78 +12,81 @@ from typing import Any
 
 from tmac_py.generate import Step, Timings
 from tmac_py.tokenizer import Tokenizer
+from tmac_py.tool_calls import ToolCall, ToolCallFinder
+
+LEAST_LOGPROB = -9999.0
+"""Not every token is possible: JSON has no -Infinity, and OpenAI writes this for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplyShape:
-    """What an answer shows.
+    """What answers show.
 
     Attributes:
-        chat: whether it is a message.
+        chat: whether they are messages.
         logprobs: with log probabilities.
         top_logprobs: those of so many alternatives for each token.
-        include_usage: of an answer in chunks: the counts at the end.
+        include_usage: of answers in chunks: the counts at the end.
+        n: answers to each prompt; those to the first prompt come first.
+        echo: the prompts, where answers begin with them.
+        tools: names of functions; calls of them are shown as such.
     """
 
     chat: bool
     logprobs: bool = False
     top_logprobs: int = 0
     include_usage: bool = False
+    n: int = 1
+    echo: tuple[str, ...] = ()
+    tools: frozenset[str] = frozenset()
 
 
 class Reply:
-    """The answer to one request, whole or in chunks."""
+    """The answers to one request, whole or in chunks.
 
-    def __init__(self, asked: ReplyShape, tokenizer: Tokenizer, model: str) -> None:
+    Args:
+        asked: what they show.
+        tokenizer: makes the texts of tokens.
+        model: its name.
+        n_prompts: there are ``asked.n`` answers to each of so many prompts.
+    """
+
+    def __init__(
+        self, asked: ReplyShape, tokenizer: Tokenizer, model: str, n_prompts: int = 1
+    ) -> None:
         self._asked = asked
-        self._tokenizer = tokenizer
         self._model = model
         self._created = int(time.time())
         prefix = "chatcmpl" if asked.chat else "cmpl"
         self._id = f"{prefix}-{os.urandom(12).hex()}"
-        self._offset = 0
+        self._choices = [_Choice(i, asked, tokenizer) for i in range(n_prompts * asked.n)]
+        self._ended: dict[int, Timings] = {}
 
-    def whole(self, steps: Sequence[Step]) -> dict[str, Any]:
-        """The whole answer."""
-        text = "".join(step.token.text for step in steps)
-        reason = steps[-1].token.finish_reason
-        if self._asked.chat:
-            choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
-        else:
-            choice = {"text": text}
+    def whole(self, *answers: Sequence[Step], n_discarded: int = 0) -> dict[str, Any]:
+        """All answers whole, in order; ``n_discarded`` tokens of others count as well."""
         kind = "chat.completion" if self._asked.chat else "text_completion"
+        choices = [
+            choice.whole(steps) for choice, steps in zip(self._choices, answers, strict=True)
+        ]
+        ended = [steps[-1].token.timings for steps in answers]
         return {
-            **self._frame(kind, [self._choice(choice, steps, reason)]),
-            "usage": usage(steps[-1].token.timings),
+            **self._frame(kind, choices),
+            "usage": usage(*ended, n=self._asked.n, n_discarded=n_discarded),
         }
 
     def opening(self) -> list[dict[str, Any]]:
         """What comes before the first token."""
-        if not self._asked.chat:
-            return []
-        delta = {"delta": {"role": "assistant", "content": ""}}
-        return [self._chunk([self._choice(delta, (), None)])]
+        return [self._chunk([part]) for choice in self._choices for part in choice.opening()]
 
-    def chunks(self, step: Step) -> list[dict[str, Any]]:
-        """What one token adds: nothing while a character is incomplete."""
-        token = step.token
-        chunks = []
-        if token.text or self._asked.logprobs:
-            text = {"delta": {"content": token.text}} if self._asked.chat else {"text": token.text}
-            chunks.append(self._chunk([self._choice(text, [step], None)]))
-        if token.finish_reason is not None:
-            end: dict[str, Any] = {"delta": {}} if self._asked.chat else {"text": ""}
-            chunks.append(self._chunk([self._choice(end, (), token.finish_reason)]))
-            if self._asked.include_usage:
-                chunks.append({**self._chunk([]), "usage": usage(token.timings)})
+    def chunks(self, step: Step, index: int = 0) -> list[dict[str, Any]]:
+        """What one token adds to an answer: nothing while a character is incomplete."""
+        chunks = [self._chunk([part]) for part in self._choices[index].parts(step)]
+        if step.token.finish_reason is not None:
+            self._ended[index] = step.token.timings
+            if self._asked.include_usage and len(self._ended) == len(self._choices):
+                ended = [self._ended[i] for i in range(len(self._choices))]
+                chunks.append({**self._chunk([]), "usage": usage(*ended, n=self._asked.n)})
         return chunks
-
-    def _choice(
-        self, content: dict[str, Any], steps: Sequence[Step], reason: str | None
-    ) -> dict[str, Any]:
-        with_logprobs = self._asked.logprobs and steps
-        logprobs = self._logprobs(steps) if with_logprobs else None
-        return {"index": 0, **content, "logprobs": logprobs, "finish_reason": reason}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = self._frame(
@@ -98,6 +102,89 @@ class Reply:
             "model": self._model,
             "choices": choices,
         }
+
+
+class _Choice:
+    """One of the answers."""
+
+    def __init__(self, index: int, asked: ReplyShape, tokenizer: Tokenizer) -> None:
+        self._index = index
+        self._asked = asked
+        self._tokenizer = tokenizer
+        self._echo = asked.echo[index // asked.n] if asked.echo else ""
+        self._finder = ToolCallFinder(asked.tools) if asked.tools else None
+        self._offset = 0
+        self._n_calls = 0
+
+    def whole(self, steps: Sequence[Step]) -> dict[str, Any]:
+        """All of it."""
+        text = "".join(step.token.text for step in steps if step.token.n_gen > 0)
+        reason = steps[-1].token.finish_reason
+        if not self._asked.chat:
+            return self._choice({"text": self._echo + text}, steps, reason)
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if self._finder is not None:
+            parts = self._finder.push(text) + self._finder.flush()
+            calls = [self._call(part) for part in parts if isinstance(part, ToolCall)]
+            if calls:
+                message["content"] = "".join(p for p in parts if isinstance(p, str)) or None
+                message["tool_calls"] = calls
+        return self._choice({"message": message}, steps, self._reason(reason))
+
+    def opening(self) -> list[dict[str, Any]]:
+        """What comes before the first token."""
+        if self._asked.chat:
+            return [self._choice({"delta": {"role": "assistant", "content": ""}}, (), None)]
+        # With log probabilities the tokens of the prompt come as steps.
+        if self._echo and not self._asked.logprobs:
+            return [self._choice({"text": self._echo}, (), None)]
+        return []
+
+    def parts(self, step: Step) -> list[dict[str, Any]]:
+        """What one token adds, and the end after the last one."""
+        token, steps = step.token, (step,)
+        ended = token.finish_reason is not None
+        contents: list[dict[str, Any]]
+        if not self._asked.chat:
+            contents = [{"text": token.text}] if token.text else []
+        elif self._finder is None:
+            contents = [{"delta": {"content": token.text}}] if token.text else []
+        else:
+            found = self._finder.push(token.text) + (self._finder.flush() if ended else [])
+            contents = [{"delta": self._delta(part)} for part in found]
+        if self._asked.logprobs and not contents:
+            contents = [{"delta": {"content": ""}} if self._asked.chat else {"text": ""}]
+        choices = [
+            self._choice(content, () if i else steps, None) for i, content in enumerate(contents)
+        ]
+        if ended:
+            end: dict[str, Any] = {"delta": {}} if self._asked.chat else {"text": ""}
+            choices.append(self._choice(end, (), self._reason(token.finish_reason)))
+        return choices
+
+    def _delta(self, part: str | ToolCall) -> dict[str, Any]:
+        if isinstance(part, str):
+            return {"content": part}
+        index = self._n_calls
+        return {"tool_calls": [{"index": index, **self._call(part)}]}
+
+    def _call(self, call: ToolCall) -> dict[str, Any]:
+        self._n_calls += 1
+        return {
+            "id": f"call_{os.urandom(12).hex()}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+
+    def _reason(self, reason: str | None) -> str | None:
+        return "tool_calls" if reason == "stop" and self._n_calls else reason
+
+    def _choice(
+        self, content: dict[str, Any], steps: Sequence[Step], reason: str | None
+    ) -> dict[str, Any]:
+        with_logprobs = self._asked.logprobs and steps
+        logprobs = self._logprobs(steps) if with_logprobs else None
+        return {"index": self._index, **content, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, steps: Sequence[Step]) -> dict[str, Any]:
         if self._asked.chat:
@@ -117,18 +204,23 @@ class Reply:
             self._offset += len(step.token.text)
         return {
             "tokens": [self._text(step.token.id) for step in steps],
-            "token_logprobs": [step.token.logprob for step in steps],
-            "top_logprobs": [{self._text(i): value for i, value in step.top} for step in steps]
+            "token_logprobs": [_finite(step.token.logprob) for step in steps],
+            "top_logprobs": [self._top(step) for step in steps]
             if self._asked.top_logprobs
             else None,
             "text_offset": offsets,
         }
 
+    def _top(self, step: Step) -> dict[str, float] | None:
+        """Alternatives; None for a token with nothing before it."""
+        if math.isnan(step.token.logprob):
+            return None
+        return {self._text(token_id): max(value, LEAST_LOGPROB) for token_id, value in step.top}
+
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        # Not every token is possible: JSON has no -Infinity, and OpenAI writes -9999 for it.
         return {
             "token": self._text(token_id),
-            "logprob": max(logprob, -9999.0),
+            "logprob": _finite(logprob),
             "bytes": list(self._tokenizer.token_bytes(token_id)),
         }
 
@@ -138,13 +230,21 @@ class Reply:
         return self._tokenizer.token_bytes(token_id).decode(errors="replace")
 
 
-def usage(timings: Timings) -> dict[str, Any]:
-    """Counts of tokens."""
+def _finite(logprob: float) -> float | None:
+    """As JSON has it; None for a token with nothing before it."""
+    return None if math.isnan(logprob) else max(logprob, LEAST_LOGPROB)
+
+
+def usage(*answers: Timings, n: int = 1, n_discarded: int = 0) -> dict[str, Any]:
+    """Counts of tokens of ``n`` answers to each prompt, ``n_discarded`` ones of others included."""
+    first = answers[::n]
+    n_prompt = sum(timings.n_prompt for timings in first)
+    n_gen = sum(timings.n_gen for timings in answers) + n_discarded
     return {
-        "prompt_tokens": timings.n_prompt,
-        "completion_tokens": timings.n_gen,
-        "total_tokens": timings.n_prompt + timings.n_gen,
-        "prompt_tokens_details": {"cached_tokens": timings.n_cached},
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_gen,
+        "total_tokens": n_prompt + n_gen,
+        "prompt_tokens_details": {"cached_tokens": sum(timings.n_cached for timings in first)},
     }
 
 

@@ -96,10 +96,8 @@ def make_plan(
 
 def needed_context(model: Model, n_prompt: int, max_tokens: int | None) -> int:
     """Tokens that a prompt and its answer need at most, within what the model allows."""
-    if max_tokens == -1:
-        return model.n_ctx
-    wanted = DEFAULT_MAX_TOKENS if max_tokens is None else max(1, max_tokens)
-    return min(model.n_ctx, n_prompt + wanted)
+    wanted = _check_max_tokens(DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
+    return model.n_ctx if wanted == -1 else min(model.n_ctx, n_prompt + wanted)
 
 
 def fix_seed(options: AnswerOptions) -> int:
@@ -110,10 +108,15 @@ def fix_seed(options: AnswerOptions) -> int:
     return seed
 
 
+def _check_max_tokens(max_tokens: int) -> int:
+    if max_tokens == -1:
+        return -1
+    return check_whole("max_tokens", max_tokens, 1, note=", or -1 (until the context is full)")
+
+
 def _room(n_prompt: int, max_tokens: int, n_ctx: int) -> int:
     """Tokens that may be generated: ``max_tokens`` as far as the context allows."""
-    if max_tokens != -1:
-        check_whole("max_tokens", max_tokens, 1, note=", or -1 (until the context is full)")
+    _check_max_tokens(max_tokens)
     room = n_ctx - n_prompt
     if room < 1:
         raise ContextError(

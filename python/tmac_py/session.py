@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,6 +88,22 @@ class Session:
         """
         seed = fix_seed(options)
         return Result(list(self.stream(prompt, **options)), seed)
+
+    def astream(
+        self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]
+    ) -> AsyncGenerator[Token, None]:
+        """As :meth:`stream`, for ``async for``; see ``Model.astream``."""
+        from tmac_py import aio
+
+        return aio.iterate(lambda stop: self.stream(prompt, **aio.stoppable(options, stop)))
+
+    async def agenerate(
+        self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]
+    ) -> Result:
+        """As :meth:`generate`, without blocking the loop; see ``Model.agenerate``."""
+        from tmac_py import aio
+
+        return await aio.run(lambda stop: self.generate(prompt, **aio.stoppable(options, stop)))
 
     def truncate(self, n: int) -> None:
         """Forget all but the first ``n`` tokens. OptionError if there are fewer.

@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from tmac_py.batch import SAME_BITS, generate_batch
-from tmac_py.cancelling import AnyOf, Cancel
 from tmac_py.errors import OptionError
 from tmac_py.generate import Result, Token
 from tmac_py.plans import fix_seed, needed_context
@@ -203,10 +202,9 @@ class TextMethods(ABC):
         """
         from tmac_py import aio
 
-        def start(stop: Cancel) -> Generator[Token, None, None]:
-            return self.stream(prompt, n_ctx=n_ctx, kv=kv, **_stoppable(options, stop))
-
-        return aio.iterate(start)
+        return aio.iterate(
+            lambda stop: self.stream(prompt, n_ctx=n_ctx, kv=kv, **aio.stoppable(options, stop))
+        )
 
     async def agenerate(
         self,
@@ -219,10 +217,9 @@ class TextMethods(ABC):
         """As :meth:`generate`, without blocking the loop; a cancelled task stops the work."""
         from tmac_py import aio
 
-        def work(stop: Cancel) -> Result:
-            return self.generate(prompt, n_ctx=n_ctx, kv=kv, **_stoppable(options, stop))
-
-        return await aio.run(work)
+        return await aio.run(
+            lambda stop: self.generate(prompt, n_ctx=n_ctx, kv=kv, **aio.stoppable(options, stop))
+        )
 
 
 def chat_ids(
@@ -237,8 +234,3 @@ def chat_ids(
     if reserved:
         raise OptionError(f"chat_template_kwargs: {min(reserved)!r} is not a variable to choose")
     return model.chat_prompt(messages, tools=tools, **names)
-
-
-def _stoppable(options: GenerationOptions, stop: Cancel) -> GenerationOptions:
-    """``options`` of a generation that ``stop`` ends too."""
-    return {**options, "cancel": AnyOf(options.get("cancel"), stop)}

@@ -102,6 +102,7 @@ COMMANDS = (
             "tmac serve model.lut --port 8000 --parallel 16 -c 4096",
             "TMAC_API_KEY=secret tmac serve model.lut --host 0.0.0.0",
             "tmac serve model.lut --max-tokens 512 --timeout 60 --kv int8",
+            "tmac serve embedder.lut --pooling last",
         ),
     ),
     Command(

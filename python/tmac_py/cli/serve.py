@@ -11,6 +11,7 @@ from types import FrameType
 from typing import NoReturn, get_args
 
 from tmac_py.cli.models import MODEL_HELP, model_name, resolve_model
+from tmac_py.embedding import OnePooling
 from tmac_py.errors import TmacError
 from tmac_py.spec import Tables
 
@@ -117,6 +118,20 @@ def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="SECONDS",
         help="for an answer, waiting included (default: 600)",
     )
+    group.add_argument(
+        "--pooling",
+        choices=get_args(OnePooling),
+        default="mean",
+        help="what makes one vector of a text to embed: the mean over its tokens, that of the last "
+        "or of the first (default: mean)",
+    )
+    group.add_argument(
+        "--draft",
+        choices=("lookup", "none"),
+        default="lookup",
+        help="how the next tokens of the one answer under way are guessed: what followed the last "
+        "few before, or not at all; no answer depends on it (default: lookup)",
+    )
 
 
 def _add_network_arguments(group: argparse._ArgumentGroup) -> None:
@@ -191,6 +206,7 @@ def execute(args: argparse.Namespace) -> int:
                 kv=args.kv,
                 chunk=args.ubatch_size,
                 max_queue=args.max_queue,
+                guess=args.draft == "lookup",
             )
             options = ServerOptions(
                 name=args.alias or _known_as(name),
@@ -198,6 +214,7 @@ def execute(args: argparse.Namespace) -> int:
                 max_body=args.max_body,
                 max_tokens=args.max_tokens,
                 timeout=args.timeout,
+                pooling=args.pooling,
                 cors_origins=tuple(args.cors_origin),
                 hosts=("127.0.0.1", "localhost", "[::1]", args.host) if local else (),
             )

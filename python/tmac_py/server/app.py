@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from time import time
 
@@ -19,6 +19,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from tmac_py.embedding import OnePooling, Vectors
 from tmac_py.generate import Step
 from tmac_py.openai_replies import Reply, event
 from tmac_py.server.engine import Engine
@@ -27,12 +28,17 @@ from tmac_py.server.fields import read_flag
 from tmac_py.server.guard import Handler, guarded, read_json
 from tmac_py.server.jobs import Request
 from tmac_py.server.metrics import CONTENT_TYPE, metrics_text
+from tmac_py.server.openai_embeddings import embedding_list
 from tmac_py.server.openai_requests import Asked, RequestReader
+from tmac_py.server.waiting import Submit, engine_events
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+
+MAX_ANSWERS = 128
+"""To one request, as OpenAI's ``n`` allows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,7 @@ class ServerOptions:
         max_body: bytes of a request.
         max_tokens: the most tokens of an answer; -1 = what the context allows.
         timeout: seconds for an answer, waiting included.
+        pooling: what makes one vector of a text to embed.
         cors_origins: pages of these origins may use the server.
         hosts: names the server may be called by; empty: any.
     """
@@ -54,6 +61,7 @@ class ServerOptions:
     max_body: int = 4 << 20
     max_tokens: int = -1
     timeout: float = 600.0
+    pooling: OnePooling = "mean"
     cors_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
 
@@ -70,7 +78,9 @@ class _Server:
         self._engine = engine
         self._model = engine.model
         self._options = options
-        self._reader = RequestReader(self._model, options.max_tokens)
+        self._reader = RequestReader(
+            self._model, options.max_tokens, min(MAX_ANSWERS, engine.capacity)
+        )
         self._started = int(time())
 
     def app(self) -> Starlette:
@@ -173,9 +183,24 @@ class _Server:
             request, await run_in_threadpool(self._reader.completion, body, _client(request))
         )
 
-    async def embeddings(self, _request: HttpRequest) -> Response:
-        """Not there."""
-        raise ApiError(501, "embeddings are not supported: the model gives logits only")
+    async def embeddings(self, request: HttpRequest) -> Response:
+        """OpenAI's embeddings."""
+        body = await read_json(request, self._options.max_body)
+        texts, in_base64 = await run_in_threadpool(self._reader.embedding, body)
+        submit: Submit[list[Vectors]] = partial(
+            self._engine.submit_embedding,
+            texts,
+            pooling=self._options.pooling,
+            client=_client(request),
+        )
+        async with aclosing(
+            engine_events(self._engine, request, self._options.timeout, [submit])
+        ) as events:
+            _, vectors = await anext(events)
+        n_tokens = sum(map(len, texts))
+        return JSONResponse(
+            embedding_list(vectors, self._options.name, n_tokens, in_base64=in_base64)
+        )
 
     async def tokenize(self, request: HttpRequest) -> Response:
         """Token ids of a text."""
@@ -207,68 +232,75 @@ class _Server:
         return JSONResponse({"prompt": await run_in_threadpool(self._reader.chat_text, body)})
 
     async def _answer(self, request: HttpRequest, asked: Asked) -> Response:
-        reply = Reply(asked, self._model.tokenizer, self._options.name)
-        steps = self._steps(request, asked.request)
+        n_prompts = len(asked.requests) // asked.best_of
+        reply = Reply(asked, self._model.tokenizer, self._options.name, n_prompts)
+        steps = self._steps(request, asked.requests)
         if not asked.stream:
+            answers: list[list[Step]] = [[] for _ in asked.requests]
             async with aclosing(steps):
-                return JSONResponse(reply.whole([step async for step in steps]))
+                async for index, step in steps:
+                    answers[index].append(step)
+            best, n_discarded = _choose_best(answers, asked.best_of, asked.n)
+            return JSONResponse(reply.whole(*best, n_discarded=n_discarded))
         # Errors that are known before the first token still get a status of their own.
         first = await anext(steps)
         return StreamingResponse(
-            _events(reply, first, steps),
+            _server_sent(reply, first, steps),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
 
-    async def _steps(self, request: HttpRequest, wanted: Request) -> AsyncGenerator[Step, None]:
-        """The answer, until it is complete, time is up or the client has gone away."""
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Step | Exception] = asyncio.Queue()
-        engine = self._engine
-
-        def tell(item: Step | Exception) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, item)
-
-        job = engine.submit(wanted, tell)
-        watch = asyncio.create_task(_until_gone(request))
-        watch.add_done_callback(lambda _: engine.cancel(job))
-        seconds = self._options.timeout
-        late = loop.call_later(
-            seconds,
-            events.put_nowait,
-            ApiError(504, f"no complete answer within {seconds:g} s", code="timeout"),
-        )
-        try:
-            while True:
-                item = await events.get()
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-                if item.token.finish_reason is not None:
+    async def _steps(
+        self, request: HttpRequest, wanted: Sequence[Request]
+    ) -> AsyncGenerator[tuple[int, Step], None]:
+        """All answers as they come, each step with the number of its answer."""
+        submits: list[Submit[Step]] = [partial(self._engine.submit, one) for one in wanted]
+        left = len(wanted)
+        async with aclosing(
+            engine_events(self._engine, request, self._options.timeout, submits)
+        ) as events:
+            async for index, step in events:
+                yield index, step
+                left -= step.token.finish_reason is not None
+                if left == 0:
                     return
-        finally:
-            late.cancel()
-            watch.cancel()
-            engine.cancel(job)
 
 
-async def _events(reply: Reply, first: Step, steps: AsyncIterator[Step]) -> AsyncIterator[bytes]:
-    """Server-sent events of an answer; an error on the way is the last one."""
+async def _server_sent(
+    reply: Reply, first: tuple[int, Step], steps: AsyncIterator[tuple[int, Step]]
+) -> AsyncIterator[bytes]:
+    """Server-sent events of answers; an error on the way is the last one."""
     try:
-        for chunk in [*reply.opening(), *reply.chunks(first)]:
+        for chunk in [*reply.opening(), *reply.chunks(first[1], first[0])]:
             yield event(chunk)
-        async for step in steps:
-            for chunk in reply.chunks(step):
+        async for index, step in steps:
+            for chunk in reply.chunks(step, index):
                 yield event(chunk)
     except Exception as error:
         yield event(to_api_error(error).to_json())
     yield b"data: [DONE]\n\n"
 
 
-async def _until_gone(request: HttpRequest) -> None:
-    """Return when the client has gone away."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def _choose_best(
+    answers: Sequence[list[Step]], best_of: int, n: int
+) -> tuple[list[list[Step]], int]:
+    """Of each ``best_of`` answers the ``n`` with the highest log probability per token.
+
+    Returns them, and how many tokens the others have.
+    """
+    chosen: list[list[Step]] = []
+    for start in range(0, len(answers), best_of):
+        candidates = answers[start : start + best_of]
+        chosen += (
+            sorted(candidates, key=_mean_logprob, reverse=True)[:n] if best_of > n else candidates
+        )
+    n_tokens = sum(steps[-1].token.n_gen for steps in answers)
+    return chosen, n_tokens - sum(steps[-1].token.n_gen for steps in chosen)
+
+
+def _mean_logprob(steps: Sequence[Step]) -> float:
+    logprobs = [step.token.logprob for step in steps if step.token.n_gen > 0]
+    return sum(logprobs) / len(logprobs)
 
 
 def _client(request: HttpRequest) -> str:

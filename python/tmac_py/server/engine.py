@@ -4,7 +4,8 @@ One thread owns the model. A step decodes one token of every answer that is unde
 over the weights, and computes a bounded part of the prompts of others, so that a long prompt does
 not hold up the answers. Prompts and answers are passed to the core apart, up to 16 answers
 at once, and prompts are divided in the same places whatever else is under way: each request gets
-what it would get alone, bit for bit.
+what it would get alone, bit for bit. One that is served alone gets several tokens of its answer in
+a pass where they can be guessed. Embeddings are computed in turn with prompts.
 """
 
 from __future__ import annotations
@@ -12,38 +13,24 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tmac_py.checks import check_whole
-from tmac_py.decoding import Ids
+from tmac_py.decoding import SAME_BITS, Ids
+from tmac_py.embedding import Embedder, Pooling
 from tmac_py.errors import ContextError, TmacError
+from tmac_py.server.embedding_job import EmbeddingJob, EmbeddingSink
 from tmac_py.server.fair_queue import FairQueue
 from tmac_py.server.jobs import BusyError, CancelledError, Job, Request, Sink
-from tmac_py.server.slots import Slot, choose_slot
+from tmac_py.server.passes import Passes
+from tmac_py.server.slots import Slot, place
 
 if TYPE_CHECKING:
     from tmac_py.model import Model
 
-SAME_BITS = 16
-"""Ids in one pass that get the bits each would get alone (``Model.forward_batch``)."""
-
 MAX_PARALLEL = 256
 
-
-@dataclass
-class Counters:
-    """What the engine has done since it was made; seconds are those of the core's calls."""
-
-    prompt_tokens: int = 0
-    prompt_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-    n_decode: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
+AnyJob = TypeVar("AnyJob", Job, EmbeddingJob)
 
 
 class Engine:
@@ -67,6 +54,7 @@ class Engine:
         kv: str = "f16",
         chunk: int = 64,
         max_queue: int = 256,
+        guess: bool = True,
     ) -> None:
         """Make the slots; :meth:`start` begins to work.
 
@@ -77,6 +65,8 @@ class Engine:
             kv: how keys and values are stored, see ``Model.new_cache``.
             chunk: prompt tokens that are computed between two tokens of an answer.
             max_queue: requests that may wait; further ones are refused.
+            guess: look up in the text so far what may come next while one client alone is served;
+                no answer depends on it.
 
         Raises:
             ContextError: ``n_ctx`` is more than the model allows, or there is not enough memory.
@@ -84,12 +74,16 @@ class Engine:
         """
         self.model = model
         self.parallel = check_whole("parallel", parallel, 1, MAX_PARALLEL)
-        self.counters = Counters()
         self._chunk = check_whole("chunk", chunk, 1)
         self._max_queue = check_whole("max_queue", max_queue, 0)
+        self._guess = guess
         self._slots = [Slot(model.new_cache(n_ctx, kv), chunk) for _ in range(parallel)]
         self.n_ctx = self._slots[0].cache.n_ctx
+        self._passes = Passes(model, self._chunk, self.n_ctx)
+        self.counters = self._passes.counters
         self._queue: FairQueue[Job] = FairQueue()
+        self._texts: FairQueue[EmbeddingJob] = FairQueue()
+        self._texts_next = False
         self._lock = threading.Condition()
         self._turns = itertools.count(1)
         self._closing = False
@@ -104,7 +98,12 @@ class Engine:
     def n_waiting(self) -> int:
         """Requests that wait for one."""
         with self._lock:
-            return len(self._queue)
+            return len(self._queue) + len(self._texts)
+
+    @property
+    def capacity(self) -> int:
+        """The most requests that are taken at a time, those that wait included."""
+        return self.parallel + self._max_queue
 
     def start(self) -> None:
         """Begin to work, in a thread of the engine's own."""
@@ -143,24 +142,42 @@ class Engine:
             note = ", or -1 (until the context is full)"
             room = min(room, check_whole("max_tokens", request.max_tokens, 1, note=note))
         job = Job(request, sink, self.model, room)
-        with self._lock:
-            if self._closing:
-                raise TmacError("the server is shutting down")
-            idle = self.parallel - self.n_active
-            if len(self._queue) >= self._max_queue + idle:
-                raise BusyError(f"{len(self._queue)} requests are waiting; try again later")
-            self._queue.push(request.client, job)
-            self._lock.notify()
+        self._enqueue(self._queue, job, self.parallel - self.n_active)
         return job
 
-    def cancel(self, job: Job) -> None:
+    def submit_embedding(
+        self,
+        texts: Sequence[Ids],
+        sink: EmbeddingSink,
+        *,
+        pooling: Pooling = "mean",
+        client: str = "",
+    ) -> EmbeddingJob:
+        """Queue texts, int32 [n] each, to be embedded; ``sink`` gets all vectors or an error.
+
+        Raises:
+            ContextError: a text has more tokens than the model's context.
+            OptionError: ``pooling`` is not allowed.
+            BusyError: too many requests wait.
+            TmacError: the engine is closed.
+        """
+        job = EmbeddingJob(
+            Embedder(self.model, texts, pooling=pooling, chunk=self._chunk), sink, client
+        )
+        self._enqueue(self._texts, job, 1)
+        return job
+
+    def cancel(self, job: Job | EmbeddingJob) -> None:
         """Give up ``job``: its slot is free before the next step. Without effect if it is done."""
         with self._lock:
             job.cancelled = True
-            waiting = self._queue.remove(job.request.client, job)
+            if isinstance(job, Job):
+                waiting = self._queue.remove(job.client, job)
+            else:
+                waiting = self._texts.remove(job.client, job)
             self._lock.notify()
         if waiting:
-            self._count_end(job, CancelledError("the request was cancelled"))
+            self._passes.end(job, CancelledError("the request was cancelled"))
 
     def step(self) -> bool:
         """Fill idle slots, decode a token of every answer, compute a part of the prompts.
@@ -170,25 +187,29 @@ class Engine:
         """
         self._give_out_slots()
         jobs = [(slot, slot.job) for slot in self._slots if slot.job is not None]
-        answering = [(slot, slot.todo(job, 1)) for slot, job in jobs if job.n_gen > 0]
-        for start in range(0, len(answering), SAME_BITS):
-            self._compute(answering[start : start + SAME_BITS], decode=True)
-        reading = [(job.turn, slot, job) for slot, job in jobs if job.n_gen == 0]
-        budget = self._chunk
-        for _, slot, job in sorted(reading, key=lambda row: row[0]):
-            part = slot.todo(job, self._chunk)
-            if len(part) > budget:
-                break
-            budget -= len(part)
-            job.turn = next(self._turns)
-            self._compute([(slot, part)], decode=False)
-        return bool(jobs)
+        answering = [(slot, job) for slot, job in jobs if job.n_gen > 0]
+        reading = [(slot, job) for slot, job in jobs if job.n_gen == 0]
+        if self._guess and len(jobs) == 1 and answering:
+            self._passes.decode_alone(*answering[0])
+        else:
+            for start in range(0, len(answering), SAME_BITS):
+                self._passes.decode([slot for slot, _ in answering[start : start + SAME_BITS]])
+        texts = len(self._texts) > 0
+        if texts and (self._texts_next or not reading):
+            self._embed()
+            self._texts_next = False
+        else:
+            self._read(reading)
+            self._texts_next = texts
+        return bool(jobs) or texts
 
     def _work(self) -> None:
         """The engine's thread."""
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._closing or self._queue or self.n_active)
+                self._lock.wait_for(
+                    lambda: self._closing or self._queue or self._texts or self.n_active
+                )
                 if self._closing:
                     return
             try:
@@ -200,76 +221,56 @@ class Engine:
         """Take slots from cancelled jobs, and give idle ones to those who wait."""
         for slot in self._slots:
             if slot.job is not None and slot.job.cancelled:
-                self._free(slot, CancelledError("the request was cancelled"))
+                self._passes.free(slot, CancelledError("the request was cancelled"))
         with self._lock:
-            idle = [slot for slot in self._slots if slot.job is None]
-            while idle and self._queue:
+            while self._queue and self.n_active < self.parallel:
                 job = self._queue.pop()
-                slot = choose_slot(idle, job.request)
                 job.turn = next(self._turns)
-                slot.take(job, job.turn)
-                idle.remove(slot)
+                place(job, self._slots, job.turn)
 
-    def _compute(self, parts: Sequence[tuple[Slot, Ids]], *, decode: bool) -> None:
-        """Run the parts of several sequences through the model and choose the tokens that follow.
+    def _read(self, reading: Sequence[tuple[Slot, Job]]) -> None:
+        """Compute a chunk of prompts in all, those first whose turn it is."""
+        budget = self._chunk
+        for slot, job in sorted(reading, key=lambda row: row[1].turn):
+            if slot.leader is not None and not slot.follow():
+                continue
+            part = slot.todo(job, self._chunk)
+            if len(part) > budget:
+                break
+            budget -= len(part)
+            job.turn = next(self._turns)
+            self._passes.read(slot, job, part)
 
-        Where that fails, each is tried alone, so that an error stays with the request it is of.
-        """
-        started = perf_counter()
-        try:
-            rows = self.model.forward_batch(
-                [ids for _, ids in parts], [slot.cache for slot, _ in parts]
-            )
-        except Exception as error:
-            if len(parts) == 1:
-                self._free(parts[0][0], error)
-                return
-            for part in parts:
-                self._compute([part], decode=decode)
+    def _embed(self) -> None:
+        """Compute one pass of the texts whose turn it is."""
+        with self._lock:
+            job = self._texts.pop() if self._texts else None
+        if job is None or self._passes.embed(job):
             return
-        self._count_work(sum(len(ids) for _, ids in parts), perf_counter() - started, decode)
-        for (slot, ids), row in zip(parts, rows, strict=True):
-            slot.grow(ids)
-            job = slot.job
-            if job is None or job.cancelled or len(slot.held) < len(job.text):
-                continue
-            try:
-                step = job.sample(row)
-            except Exception as error:
-                self._free(slot, error)
-                continue
-            if step.token.finish_reason is not None:
-                self.counters.finished += 1
-                slot.job = None
-            job.tell(step)
+        with self._lock:
+            cancelled = job.cancelled
+            if not cancelled:
+                self._texts.push(job.client, job)
+        if cancelled:
+            self._passes.end(job, CancelledError("the request was cancelled"))
 
-    def _count_work(self, n_tokens: int, seconds: float, decode: bool) -> None:
-        counters = self.counters
-        if decode:
-            counters.decode_tokens += n_tokens
-            counters.decode_seconds += seconds
-            counters.n_decode += 1
-        else:
-            counters.prompt_tokens += n_tokens
-            counters.prompt_seconds += seconds
-
-    def _count_end(self, job: Job, error: Exception) -> None:
-        if isinstance(error, CancelledError):
-            self.counters.cancelled += 1
-        else:
-            self.counters.failed += 1
-        job.tell(error)
-
-    def _free(self, slot: Slot, error: Exception) -> None:
-        """End the slot's job before its answer is complete."""
-        job, slot.job = slot.job, None
-        if job is not None:
-            self._count_end(job, error)
+    def _enqueue(self, queue: FairQueue[AnyJob], job: AnyJob, idle: int) -> None:
+        """Let ``job`` wait, if it is not one too many."""
+        with self._lock:
+            if self._closing:
+                raise TmacError("the server is shutting down")
+            waiting = len(self._queue) + len(self._texts)
+            if waiting >= self._max_queue + idle:
+                raise BusyError(f"{waiting} requests are waiting; try again later")
+            queue.push(job.client, job)
+            self._lock.notify()
 
     def _end_all(self, error: Exception) -> None:
         for slot in self._slots:
-            self._free(slot, error)
+            self._passes.free(slot, error)
         with self._lock:
-            waiting = [self._queue.pop() for _ in range(len(self._queue))]
+            waiting: list[Job | EmbeddingJob] = [
+                queue.pop() for queue in (self._queue, self._texts) for _ in range(len(queue))
+            ]
         for job in waiting:
-            self._count_end(job, error)
+            self._passes.end(job, error)

@@ -11,6 +11,8 @@ from tmac_py.decoding import Ids, Logits
 from tmac_py.errors import TmacError
 from tmac_py.generate import AnswerText, Step, Timings, Token
 from tmac_py.sampling import Sampler, top_logprobs
+from tmac_py.server.prompt_scores import PromptScores
+from tmac_py.speculative import PromptLookup, Speculation
 from tmac_py.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class Request:
         stop: strings that end the answer and are not shown.
         top_logprobs: alternatives to report for each token.
         trim_space: drop the space with which SentencePiece vocabularies begin an answer.
+        score_prompt: report the prompt's tokens first, as steps with ``n_gen`` 0; nothing of it is
+            then taken over.
         reuse: what may be taken over of a prompt's beginning that a slot holds: "any" of it, whose
             last bits may differ where it was computed in other portions; only what has the "same
             bits" as computed anew, so that equal requests get equal answers; or "none".
@@ -51,6 +55,7 @@ class Request:
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
     trim_space: bool = False
+    score_prompt: bool = False
     reuse: Reuse = "any"
     client: str = ""
 
@@ -69,6 +74,8 @@ class Job:
         n_gen: tokens generated.
         cancelled: set by the engine's ``cancel``.
         turn: jobs with the lowest one compute a part of their prompt first.
+        scores: of the prompt's tokens, if they are wanted.
+        speculation: guesses what comes next, for when nobody else is served.
     """
 
     def __init__(self, request: Request, sink: Sink, model: Model, room: int) -> None:
@@ -79,11 +86,26 @@ class Job:
         self.cancelled = False
         self.turn = 0
         self.started = perf_counter()
+        self.scores: PromptScores | None = None
+        if request.score_prompt:
+            self.scores = PromptScores(request.prompt, request.top_logprobs, model.tokenizer)
+        self.speculation = Speculation(PromptLookup())
         self._sink = sink
+        self._room = room
         self._first = 0.0
         decoder = IncrementalDecoder(model.tokenizer, trim_space=request.trim_space)
         eos_ids = frozenset(model.config.eos_token_ids)
         self._answer = AnswerText(decoder, eos_ids, request.stop, room)
+
+    @property
+    def client(self) -> str:
+        """Whose request it is."""
+        return self.request.client
+
+    @property
+    def n_left(self) -> int:
+        """Tokens that may still be generated."""
+        return self._room - self.n_gen
 
     def sample(self, logits: Logits) -> Step:
         """Choose the token after ``text``, float32 [vocab] being the logits there."""
@@ -107,7 +129,11 @@ class Job:
 
     def tell(self, event: Step | Exception) -> None:
         """Hand ``event`` to the client. A sink that fails has no client any more."""
+        scores, self.scores = self.scores, None
         try:
+            if scores is not None and isinstance(event, Step):
+                for step in scores.steps:
+                    self._sink(step)
             self._sink(event)
         except Exception:
             self.cancelled = True

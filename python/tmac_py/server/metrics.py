@@ -51,7 +51,7 @@ def metrics_text(engine: Engine) -> str:
         (
             "n_busy_slots_per_decode",
             "gauge",
-            _ratio(counters.decode_tokens, counters.n_decode),
+            _ratio(counters.n_busy, counters.n_decode),
             "Answers that shared a pass over the weights, on average.",
         ),
         ("requests_processing", "gauge", engine.n_active, "Requests that have a slot."),
