@@ -15,11 +15,12 @@ set(TMAC_OTHER_ISAS "")
 
 # The kernels are written in the order in which they should run: GCC must neither collect all sums at
 # the end of an unrolled loop nor move loads to its top, where they need more registers than there are.
-set(TMAC_ORDER_FLAGS "")
+# GCC 12 takes the undefined pass-through operands in its own intrinsics for mistakes.
+set(TMAC_GNU_FLAGS "")
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-  set(TMAC_ORDER_FLAGS -fno-tree-reassoc -fno-tree-ter)
+  set(TMAC_GNU_FLAGS -fno-tree-reassoc -fno-tree-ter -Wno-uninitialized -Wno-maybe-uninitialized)
   if(TMAC_ARCHITECTURE STREQUAL "aarch64")
-    list(APPEND TMAC_ORDER_FLAGS -fno-schedule-insns)
+    list(APPEND TMAC_GNU_FLAGS -fno-schedule-insns)
   endif()
 endif()
 
@@ -28,9 +29,7 @@ function(tmac_isa name architecture header type flags needs)
     add_library(tmac_isa_${name} OBJECT
       csrc/kernels/isa.cc csrc/kernels/vector_isa.cc)
     target_include_directories(tmac_isa_${name} PRIVATE csrc)
-    # GCC 12 takes the undefined pass-through operands in its own intrinsics for mistakes.
-    target_compile_options(tmac_isa_${name} PRIVATE ${flags} ${TMAC_ORDER_FLAGS}
-      -Wno-uninitialized -Wno-maybe-uninitialized)
+    target_compile_options(tmac_isa_${name} PRIVATE ${flags} ${TMAC_GNU_FLAGS})
     target_compile_definitions(tmac_isa_${name} PRIVATE
       TMAC_ISA_NAME=${name} TMAC_ISA_HEADER="simd/${header}" TMAC_ISA_TYPE=${type})
     list(APPEND TMAC_ISA_LIBRARIES tmac_isa_${name})

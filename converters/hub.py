@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from tmac_py.converters.checkpoint import PICKLES, listed
@@ -85,8 +86,13 @@ def locate(hub_id: HubId, *, offline: bool = False) -> Located:
     Without a connection, or with ``offline`` or HF_HUB_OFFLINE=1, what the cache has.
 
     Raises ModelFileError for a repository that cannot be had, and for a choice of GGUF files that
-    is not one; UnsupportedError for a repository without safetensors or GGUF files.
+    is not one; UnsupportedError for a repository without safetensors or GGUF files, and
+    where huggingface_hub is not installed.
     """
+    if find_spec("huggingface_hub") is None:
+        raise UnsupportedError(
+            f"{hub_id}: no such file or folder; names on the hub need: pip install 'tmac_py[hub]'"
+        )
     with _bars(quiet=True):
         snapshot = _Snapshot.find(hub_id, offline=offline)
     ggufs = [name for name in snapshot.names if name.endswith(".gguf")]

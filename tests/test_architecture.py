@@ -41,6 +41,7 @@ PYTHON_LAYERS: dict[str, tuple[str, ...]] = {
         "tmac_py.synthetic",
         "tmac_py.tokenizer",
         "tmac_py.tokenizer_backends",
+        "tmac_py.torch",
     ),
     "converters": ("tmac_py.converters",),
     "runner": (

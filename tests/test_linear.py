@@ -11,11 +11,13 @@ import pytest
 from numpy.typing import NDArray
 
 from kernel_cases import binary_coded
-from tmac_py import LutLinear, QuantTensor
+from tiny_model import write_tiny_model
+from tmac_py import LutLinear, QuantTensor, mpgemm, quantize
 from tmac_py.errors import OptionError
 from tmac_py.quant import quantize_rtn, quantize_ternary
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 RNG = np.random.default_rng(7)
 BLOCK = 16  # weights per scale of an int8 table
 F32 = np.float32
@@ -193,6 +195,54 @@ def test_the_constructor_checks_as_well() -> None:
     for bad in ({"tables": "int4"}, {"threads": 1.5}):
         with pytest.raises(OptionError):
             LutLinear(q, **bad)
+
+
+def test_packed_bytes_are_multiplied_where_they_are() -> None:
+    w, x = weights(70, 96), weights(5, 96)
+    q = quantize(w, bits=3, asym=True)
+    one = LutLinear(q, threads=2)
+    two = LutLinear.from_packed(one.packed, one.spec, threads=2)
+    assert two.packed is one.packed
+    assert two.nbytes == len(one.packed)
+    assert np.array_equal(two(x), one(x))
+    order = RNG.permutation(96).astype(np.int32)
+    three = LutLinear.from_packed(one.packed, one.spec, order=order, threads=2)
+    assert np.array_equal(three(x), one(x[:, order]))
+
+
+def test_mpgemm_is_one_product() -> None:
+    w, x = weights(70, 96), weights(6, 96).reshape(2, 3, 96)
+    q = quantize(w, bits=2)
+    for tables in ("int8", "exact"):
+        linear = LutLinear(q, threads=2, tables=tables)
+        want = linear(x)
+        assert want.shape == (2, 3, 70)
+        assert np.array_equal(mpgemm(x, q, threads=2, tables=tables), want)
+        assert np.array_equal(
+            mpgemm(x, (linear.packed, linear.spec), threads=1, tables=tables), want
+        )
+
+
+def test_packed_bytes_that_do_not_fit() -> None:
+    linear = LutLinear(quantize(weights(70, 96), bits=3), threads=1)
+    with pytest.raises(OptionError, match="packed must be"):
+        mpgemm(np.ones(96), (linear.packed[:-1], linear.spec))
+    with pytest.raises(OptionError, match="order"):
+        LutLinear.from_packed(linear.packed, linear.spec, order=np.zeros(96, np.int32))
+    with pytest.raises(OptionError, match="tables is 'int4'"):
+        LutLinear.from_packed(linear.packed, linear.spec, tables="int4")  # type: ignore[arg-type]
+
+
+def test_the_blocks_in_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs/linear.md").read_text()
+    write_tiny_model(tmp_path / "model.lut")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if "torch" not in block:
+            exec(block, names)
+    y, q = names["y"], names["q"]
+    assert (np.abs(y - product(q, names["x"])) <= bound(q, names["x"], "int8")).all()
 
 
 def test_the_block_in_the_readme_runs() -> None:

@@ -1,12 +1,16 @@
 #include "core/thread_pool.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <string>
 #include <system_error>
 
 #include "core/check.h"
+
+#if defined(_WIN32)
+#include <process.h>
+#else
+#include <unistd.h>
+#endif
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -14,6 +18,14 @@
 
 namespace tmac {
 namespace {
+
+int64_t process_id() {
+#if defined(_WIN32)
+  return _getpid();
+#else
+  return getpid();
+#endif
+}
 
 // Within a job the others are microseconds away; between two tokens the caller samples and
 // decodes text, well under a millisecond. Past that a waiting thread gives its core back.
@@ -93,7 +105,7 @@ void Team::finish(int64_t n, int64_t count) {
 void Team::wait_for_phase() { shared_->phase.wait_past(phase_++, kSpinsInJob); }
 
 ThreadPool::ThreadPool(int threads)
-    : threads_(threads), process_(getpid()), shared_(std::make_unique<Team::Shared>()) {
+    : threads_(threads), process_(process_id()), shared_(std::make_unique<Team::Shared>()) {
   check_argument(threads >= 1 && threads <= 1024, "threads must be 1 to 1024, not ", threads);
   workers_.reserve(static_cast<size_t>(threads - 1));
   try {
@@ -106,7 +118,7 @@ ThreadPool::ThreadPool(int threads)
 }
 
 ThreadPool::~ThreadPool() {
-  if (getpid() == process_) {
+  if (process_id() == process_) {
     stop();
     return;
   }

@@ -1,14 +1,48 @@
 #include "model/kv_cache.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "core/check.h"
 
+#if defined(_WIN32)
+#define NOMINMAX
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#undef near
+#else
+#include <sys/mman.h>
+#endif
+
 namespace tmac {
+namespace {
+
+// Zeros, whose pages are taken when they are first written; null where there is no room. Windows
+// counts them at once, against the memory and the page file.
+void* reserve(size_t bytes) {
+#if defined(_WIN32)
+  return VirtualAlloc(nullptr, bytes, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
+#else
+  int flags = MAP_PRIVATE | MAP_ANONYMOUS;
+#ifdef MAP_NORESERVE
+  flags |= MAP_NORESERVE;
+#endif
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+  return memory == MAP_FAILED ? nullptr : memory;
+#endif
+}
+
+void give_back(void* memory, size_t bytes) {
+#if defined(_WIN32)
+  (void)bytes;
+  VirtualFree(memory, 0, MEM_RELEASE);
+#else
+  munmap(memory, bytes);
+#endif
+}
+
+}  // namespace
 
 KvCache::KvCache(int64_t n_layers, int64_t n_kv_heads, int64_t head_dim, int64_t n_ctx, KvType keys,
                  KvType values)
@@ -24,19 +58,15 @@ KvCache::KvCache(int64_t n_layers, int64_t n_kv_heads, int64_t head_dim, int64_t
   const double bytes = 4.0 * static_cast<double>(n_layers) * static_cast<double>(n_kv_heads) *
                        static_cast<double>(shape_.dims()) * static_cast<double>(capacity_);
   check_argument(bytes < 0x1p46, "a KV cache of ", n_ctx, " positions does not fit into memory");
-  int flags = MAP_PRIVATE | MAP_ANONYMOUS;
-#ifdef MAP_NORESERVE
-  flags |= MAP_NORESERVE;
-#endif
-  void* memory = mmap(nullptr, static_cast<size_t>(nbytes()), PROT_READ | PROT_WRITE, flags, -1, 0);
-  if (memory == MAP_FAILED) {
+  void* memory = reserve(static_cast<size_t>(nbytes()));
+  if (memory == nullptr) {
     throw std::runtime_error("cannot reserve " + std::to_string(nbytes() >> 20) +
                              " MiB for the KV cache; choose a smaller context");
   }
   data_ = static_cast<uint8_t*>(memory);
 }
 
-KvCache::~KvCache() { munmap(data_, static_cast<size_t>(nbytes())); }
+KvCache::~KvCache() { give_back(data_, static_cast<size_t>(nbytes())); }
 
 int64_t KvCache::head_bytes() const {
   const int64_t ranges = shape_.ranges(shape_.keys) + shape_.ranges(shape_.values);

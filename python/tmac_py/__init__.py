@@ -24,7 +24,7 @@ from tmac_py.errors import (
 if TYPE_CHECKING:
     from tmac_py.conversation import Chat
     from tmac_py.generate import Result, Token
-    from tmac_py.linear import LutLinear
+    from tmac_py.linear import LutLinear, mpgemm, quantize
     from tmac_py.model import Model
     from tmac_py.options import AnswerOptions, GenerationOptions
     from tmac_py.quant import QuantTensor
@@ -54,6 +54,8 @@ __all__ = [
     "Token",
     "UnsupportedError",
     "__version__",
+    "mpgemm",
+    "quantize",
 ]
 
 _HOMES = {
@@ -70,6 +72,8 @@ _HOMES = {
     "Session": "tmac_py.session",
     "Token": "tmac_py.generate",
     "__version__": "tmac_py._core",
+    "mpgemm": "tmac_py.linear",
+    "quantize": "tmac_py.linear",
 }
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import errno
-import fcntl
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from typing import IO, Any
+
+if sys.platform == "win32":
+    import msvcrt
+    import time
+else:
+    import fcntl
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
@@ -23,10 +30,10 @@ def lock_file(path: Path, *, waiting: Callable[[], None]) -> Iterator[bool]:
         locked = True
         try:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(file, wait=False)
             except BlockingIOError:
                 waiting()
-                fcntl.flock(file, fcntl.LOCK_EX)
+                _lock(file, wait=True)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -41,7 +48,7 @@ def create_held(path: Path) -> FileIO | None:
     """
     file = path.open("xb", buffering=0)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file, wait=True)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             file.close()
@@ -55,5 +62,21 @@ def create_held(path: Path) -> FileIO | None:
 def remove_unheld(path: Path) -> None:
     """Remove a file made by `create_held` whose process has died, where that is sure."""
     with suppress(OSError), path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file, wait=False)
         path.unlink()
+
+
+def _lock(file: IO[Any], *, wait: bool) -> None:
+    """Lock ``file`` until it is closed; BlockingIOError where another has it and we do not wait."""
+    if sys.platform == "win32":  # its first byte, which others cannot read meanwhile
+        while True:
+            try:
+                file.seek(0)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            except PermissionError:
+                if not wait:
+                    raise BlockingIOError(errno.EAGAIN, "held by another process") from None
+                time.sleep(0.05)
+            else:
+                return
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

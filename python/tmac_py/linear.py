@@ -1,4 +1,4 @@
-"""One packed matrix on its own, from NumPy and to NumPy."""
+"""Products with packed matrices on their own, from NumPy and to NumPy (docs/linear.md)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from tmac_py.errors import OptionError
 from tmac_py.packing import open_linear, pack
 from tmac_py.pool import thread_pool
 from tmac_py.quant import MAX_BITS, QuantTensor, Search, quantize_rtn
-from tmac_py.spec import Tables
+from tmac_py.spec import LinearSpec, Tables
+
+Packed = tuple[NDArray[np.uint8], LinearSpec]
+"""A packed matrix: its bytes, uint8 ``[nbytes]``, and what they are (as `LutFile.linear` gives)."""
 
 
 class LutLinear:
@@ -32,8 +35,8 @@ class LutLinear:
             ``"exact8"`` (activations rounded to 8 bits per token, exact sums: BitNet's arithmetic).
 
     Attributes:
+        packed: the packed matrix, uint8 ``[nbytes]``.
         spec: shape and encoding.
-        nbytes: bytes of the packed matrix.
 
     Raises:
         OptionError: an argument is not allowed.
@@ -42,12 +45,55 @@ class LutLinear:
     def __init__(
         self, weights: QuantTensor, *, threads: int | None = None, tables: Tables = "int8"
     ) -> None:
+        check_tables(tables)
+        check_threads(threads)
+        self._open((pack(weights), weights.spec), weights.order, threads, tables)
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: NDArray[np.uint8],
+        spec: LinearSpec,
+        *,
+        order: NDArray[np.int32] | None = None,
+        threads: int | None = None,
+        tables: Tables = "int8",
+    ) -> LutLinear:
+        """Multiply with bytes that are packed already, without copying them.
+
+        Args:
+            packed: uint8 ``[nbytes]``, in C order; it has to stay as it is.
+            spec: what the bytes are.
+            order: int32 ``[k]``, as in `QuantTensor`.
+            threads: see the class.
+            tables: see the class.
+
+        Raises:
+            OptionError: bytes, ``spec`` and ``order`` do not fit together, or as for the class.
+        """
+        linear = cls.__new__(cls)
+        linear._open((packed, spec), order, threads, tables)
+        return linear
+
+    def _open(
+        self,
+        weights: Packed,
+        order: NDArray[np.int32] | None,
+        threads: int | None,
+        tables: Tables,
+    ) -> None:
         self._tables = check_tables(tables)
         self._pool = thread_pool(check_threads(threads))
-        packed = pack(weights)
-        self.spec = weights.spec
-        self.nbytes = packed.nbytes
-        self._linear = open_linear(packed, self.spec, weights.order)
+        self.packed, self.spec = weights
+        try:
+            self._linear = open_linear(self.packed, self.spec, order)
+        except ValueError as error:
+            raise OptionError(str(error)) from error
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed matrix."""
+        return self.packed.nbytes
 
     @classmethod
     def from_dense(
@@ -61,17 +107,14 @@ class LutLinear:
         threads: int | None = None,
         tables: Tables = "int8",
     ) -> LutLinear:
-        """Quantise a dense matrix by rounding to nearest, and pack it.
-
-        Scales are fp16: groups whose largest weight is below about 1e-4 lose precision.
+        """Quantise a dense matrix by rounding to nearest, and pack it: see `quantize`.
 
         Args:
             w: ``[m, k]``, any real dtype, finite.
-            bits: 1 to 8.
-            group_size: weights along k that share a scale: a multiple of 4; -1, like k and all
-                above it, is the whole row.
+            bits: this, ``group_size``, ``asym`` and ``search``: see `quantize`.
+            group_size: weights along k that share a scale.
             asym: store an offset per group as well.
-            search: ``"mse"`` tries narrower ranges for each group, ``"minmax"`` does not.
+            search: how ranges of groups are chosen.
             threads: see the class.
             tables: see the class.
 
@@ -80,14 +123,7 @@ class LutLinear:
         """
         check_tables(tables)
         check_threads(threads)
-        check_whole("bits", bits, 1, MAX_BITS)
-        check_whole("group_size", group_size, -1)
-        try:
-            weights = quantize_rtn(
-                _float32("w", w), bits=bits, group_size=group_size, asym=asym, search=search
-            )
-        except ValueError as error:
-            raise OptionError(str(error)) from error
+        weights = quantize(w, bits=bits, group_size=group_size, asym=asym, search=search)
         return cls(weights, threads=threads, tables=tables)
 
     def forward(self, x: ArrayLike) -> NDArray[np.float32]:
@@ -104,6 +140,69 @@ class LutLinear:
         return y.reshape(*rows.shape[:-1], self.spec.m)
 
     __call__ = forward
+
+
+def quantize(
+    w: ArrayLike,
+    *,
+    bits: int,
+    group_size: int = 32,
+    asym: bool = False,
+    search: Search = "mse",
+) -> QuantTensor:
+    """Round a dense matrix to the nearest codes, group by group.
+
+    Scales are fp16: groups whose largest weight is below about 1e-4 lose precision.
+
+    Args:
+        w: ``[m, k]``, any real dtype, finite.
+        bits: 1 to 8.
+        group_size: weights along k that share a scale: a multiple of 4; -1, like k and all above
+            it, is the whole row.
+        asym: store an offset per group as well.
+        search: ``"mse"`` tries narrower ranges for each group, ``"minmax"`` does not.
+
+    Raises:
+        OptionError: an argument is not allowed.
+    """
+    check_whole("bits", bits, 1, MAX_BITS)
+    check_whole("group_size", group_size, -1)
+    try:
+        return quantize_rtn(
+            _float32("w", w), bits=bits, group_size=group_size, asym=asym, search=search
+        )
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+
+
+def mpgemm(
+    x: ArrayLike,
+    weights: QuantTensor | Packed,
+    *,
+    threads: int | None = None,
+    tables: Tables = "int8",
+) -> NDArray[np.float32]:
+    """Multiply activations with low-bit weights: the mpGEMM of T-MAC (Wei et al., 2024).
+
+    One call of `LutLinear.forward`. A `QuantTensor` is packed each time, which takes longer than
+    the product: for more than one product make a `LutLinear`, or pack once.
+
+    Args:
+        x: ``[..., k]``, any real dtype.
+        weights: a quantised matrix ``[m, k]``, or a packed one and its spec, neither copied nor
+            changed.
+        threads: see `LutLinear`.
+        tables: see `LutLinear`.
+
+    Returns:
+        ``y [..., m]`` float32, ``y = x w^T``.
+
+    Raises:
+        OptionError: an argument is not allowed, or ``x`` does not fit the matrix.
+    """
+    if isinstance(weights, QuantTensor):
+        return LutLinear(weights, threads=threads, tables=tables)(x)
+    return LutLinear.from_packed(*weights, threads=threads, tables=tables)(x)
 
 
 def _float32(name: str, values: ArrayLike) -> NDArray[np.float32]:

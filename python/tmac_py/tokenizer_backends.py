@@ -13,11 +13,12 @@ import re
 import sys
 from collections.abc import Mapping
 from functools import cache, cached_property
-from typing import Any, Protocol
-
-import tokenizers
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tmac_py.errors import ModelFileError, UnsupportedError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _SPACE_MARK = "\u2581"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -203,6 +204,8 @@ def open_backend(files: Mapping[str, bytes], config: Mapping[str, Any]) -> Backe
 
 
 def _load(data: bytes) -> tokenizers.Tokenizer:
+    import tokenizers
+
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(data)
     except ValueError as error:

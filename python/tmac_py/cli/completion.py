@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from importlib.metadata import entry_points
 
+from tmac_py.errors import UnsupportedError
+
 SHELLS = ("bash", "zsh", "fish")
 
 _FILES = ("MODEL", "FILE", "SOURCE", "OUT.lut", "OTHER")
@@ -19,7 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Print the script."""
-    import shtab
+    try:
+        import shtab
+    except ImportError:
+        raise UnsupportedError(
+            "shtab is not installed; completion needs: pip install 'tmac_py[completion]'"
+        ) from None
 
     from tmac_py.cli.main import COMMANDS, main_parser, program_parser
 
