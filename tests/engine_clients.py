@@ -55,10 +55,10 @@ def drive(engine: Engine) -> int:
     return next(n for n in itertools.count() if not engine.step())
 
 
-def alone(model: Model, *wanted: Request) -> list[list[Step]]:
+def alone(model: Model, *wanted: Request, **settings) -> list[list[Step]]:
     answers = []
     for one in wanted:
-        engine = Engine(model, parallel=1)
+        engine = Engine(model, parallel=1, **settings)
         client = Client(engine, one)
         drive(engine)
         answers.append(client.steps)

@@ -129,6 +129,17 @@ def test_pooling(model: Model) -> None:
     assert not unit_length(np.zeros(3)).any()
 
 
+def test_long_passes_are_no_exception(tmp_path: Path) -> None:
+    """The core works on 512 tokens at once: it would leave the last 8 of 520 alone."""
+    path = tiny.write_tiny_model(tmp_path / "long.lut", max_position_embeddings=520)
+    text = np.random.default_rng(4).integers(0, tiny.VOCAB, 520).astype(np.int32)
+    with Model.load(path, threads=2) as model:
+        work = Embedder(model, [text], pooling="none", chunk=520)
+        while work.step():
+            pass
+        np.testing.assert_array_equal(work.vectors[0], model.embed(text, pooling="none")[0])
+
+
 @pytest.mark.parametrize("chunk", [1, 34, 64, 256])
 def test_passes_hold_each_token_once_and_never_few_of_a_long_text(chunk: int) -> None:
     random = np.random.default_rng(chunk)

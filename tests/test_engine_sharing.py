@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,6 +170,23 @@ def test_scores_of_a_prompt(model: Model) -> None:
         assert found == pytest.approx(want[np.arange(n - 1), ids[1:]].tolist(), abs=1e-5)
         for row, step in zip(want, scores[1:], strict=False):
             assert step.top[0] == (row.argmax(), pytest.approx(row.max(), abs=1e-5))
+
+
+def test_scores_change_no_bit_where_a_cache_forgets_more(tmp_path: Path) -> None:
+    """Of 570 positions int4 has no longer in fp16 the block in which the second chunk began."""
+    file = tiny.write_tiny_model(
+        tmp_path / "tiny.lut",
+        max_position_embeddings=600,
+        special=("embed",),
+        quantize=tiny.flat_head,
+    )
+    ids = prompt(2, 570)
+    with Model.load(file, threads=1) as model:
+        [plain], [scored] = (
+            alone(model, request(ids, 3, score_prompt=scores), chunk=300, kv="int4")
+            for scores in (False, True)
+        )
+    assert [s.token.logprob for s in scored[570:]] == [s.token.logprob for s in plain]
 
 
 class Vectors:

@@ -251,3 +251,13 @@ def test_clipped_heads_stay_within(tmp_path: Path) -> None:
     with Model.load(golden.convert(tmp_path, clip_qkv=1e-6, attention_bias=True)) as model:
         logits = model.logits(np.array([5, 9, 9], np.int32))
     assert np.abs(logits[1] - logits[2]).max() < 1e-3 * logits.std()
+
+
+def test_embeddings_do_not_depend_on_other_texts(tmp_path: Path) -> None:
+    """Nor on how many of their tokens choose an expert."""
+    random = np.random.default_rng(3)
+    texts = [random.integers(0, SMALL.vocab_size, n).astype(np.int32) for n in (40, 3, 90, 17, 16)]
+    with Model.load(lut(tmp_path), threads=2) as model:
+        together = model.embed(texts, pooling="none")
+        for text, states in zip(texts, together, strict=True):
+            np.testing.assert_array_equal(model.embed(text, pooling="none")[0], states)

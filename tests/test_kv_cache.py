@@ -202,6 +202,14 @@ def test_states_of_other_caches_are_refused(model: Model) -> None:
         cache.fork(19)
 
 
+@pytest.mark.parametrize("name", ["n_layers", "n_kv_heads", "head_dim", "n_ctx"])
+def test_sizes_are_checked(name: str) -> None:
+    sizes = {"n_layers": 1, "n_kv_heads": 1, "head_dim": 8, "n_ctx": 8}
+    for size in (-1, 0, 2**24 + 1, 2**63 - 1):
+        with pytest.raises(ValueError, match=f"must be 1 to 2.24, not {size}"):
+            _core.KvCache(**{**sizes, name: size})
+
+
 @pytest.mark.parametrize("kv", ["", "q8", "int8/", "int8/int4/f16", 8, None])
 def test_unknown_types_are_named(model: Model, kv: object) -> None:
     with pytest.raises(OptionError, match=r"kv is .*; allowed: 'f16', 'int8', 'int4', or two"):

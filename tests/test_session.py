@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import tiny_model as tiny
 from tmac_py.errors import ContextError, ModelFileError, OptionError, TmacError
 from tmac_py.model import Model
 from tmac_py.session import Session
+from tmac_py.sessionfile import write_session
 
 PROMPT = np.random.default_rng(8).integers(3, tiny.VOCAB, 14).tolist()
 
@@ -161,7 +163,8 @@ def test_what_is_no_saved_session(model: Model, tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(ModelFileError, match="damaged"):
             Session.load(model, path)
-    for other in (b"", b"abc", b"\xff" * 100, (5).to_bytes(8, "little") + b"[1,2]"):
+    nested = (9000).to_bytes(8, "little") + b"[" * 9000
+    for other in (b"", b"abc", b"\xff" * 100, (5).to_bytes(8, "little") + b"[1,2]", nested):
         path.write_bytes(other)
         with pytest.raises(ModelFileError, match="not a saved session"):
             Session.load(model, path)
@@ -170,3 +173,42 @@ def test_what_is_no_saved_session(model: Model, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         session.save(tmp_path / "nowhere" / "session")
     assert caught.value.filename == str(tmp_path / "nowhere" / "session")
+
+
+def test_headers_that_do_not_fit_what_follows(model: Model, tmp_path: Path) -> None:
+    """The checksum is that of the data alone."""
+    session = model.new_session()
+    answer(session, PROMPT)
+    path = tmp_path / "session"
+    n = len(session.ids)
+    session.save(path)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+
+    def end_at(part: str, end: object) -> dict[str, Any]:
+        header: dict[str, Any] = json.loads(content[8 : 8 + length])
+        header[part]["data_offsets"][1] = end
+        return header
+
+    def with_metadata(name: str, value: str) -> dict[str, Any]:
+        header: dict[str, Any] = json.loads(content[8 : 8 + length])
+        header["__metadata__"][name] = value
+        return header
+
+    for header, message in (
+        (with_metadata("format", "tmac-session-1"), "'tmac-session-1'; allowed: 'tmac-session-2'"),
+        (with_metadata("kv", "int8"), "keys of 16 bits and values of 16, this cache 8 and 8"),
+        (end_at("ids", 4 * n - 4), "not the state of a KV cache"),
+        (end_at("ids", 4 * n - 1), "not a saved session"),
+        (end_at("ids", -4), "not a saved session"),
+        (end_at("ids", 4.0 * n), "not a saved session"),
+        (end_at("state", 4 * n + 63), "at least 64 bytes, not 63"),
+    ):
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+        with pytest.raises(ModelFileError, match=message):
+            Session.load(model, path)
+    state = session._cache.state()
+    write_session(path, model.file.fingerprint, "f16", np.arange(n - 1, dtype=np.int32), state)
+    with pytest.raises(ModelFileError, match=f"{n - 1} tokens with the state of {n}"):
+        Session.load(model, path)

@@ -42,19 +42,21 @@ void give_back(void* memory, size_t bytes) {
 #endif
 }
 
+int64_t checked(int64_t size) {
+  check_argument(size >= 1 && size <= int64_t{1} << 24, "KV cache sizes must be 1 to 2^24, not ",
+                 size);
+  return size;
+}
+
 }  // namespace
 
 KvCache::KvCache(int64_t n_layers, int64_t n_kv_heads, int64_t head_dim, int64_t n_ctx, KvType keys,
                  KvType values)
-    : n_layers_(n_layers),
-      n_kv_heads_(n_kv_heads),
-      n_ctx_(n_ctx),
+    : n_layers_(checked(n_layers)),
+      n_kv_heads_(checked(n_kv_heads)),
+      n_ctx_(checked(n_ctx)),
       capacity_(round_up(n_ctx, kAttendBlock)),
-      shape_{keys, values, head_dim} {
-  for (const int64_t size : {n_layers, n_kv_heads, head_dim, n_ctx}) {
-    check_argument(size >= 1 && size <= int64_t{1} << 24, "KV cache sizes must be 1 to 2^24, not ",
-                   size);
-  }
+      shape_{keys, values, checked(head_dim)} {
   const double bytes = 4.0 * static_cast<double>(n_layers) * static_cast<double>(n_kv_heads) *
                        static_cast<double>(shape_.dims()) * static_cast<double>(capacity_);
   check_argument(bytes < 0x1p46, "a KV cache of ", n_ctx, " positions does not fit into memory");

@@ -90,7 +90,7 @@ class Embedder:
         normalize: bool = True,
         chunk: int = PREFILL_CHUNK,
     ) -> None:
-        """Arguments and errors as :func:`embed`; about ``chunk`` tokens make a pass."""
+        """Arguments and errors as :func:`embed`; a pass has about ``chunk`` tokens, at most 256."""
         if pooling not in get_args(Pooling):
             allowed = ", ".join(map(repr, get_args(Pooling)))
             raise OptionError(f"pooling is {pooling!r}; allowed: {allowed}")
@@ -106,7 +106,12 @@ class Embedder:
         self._texts = texts
         self._pooling = pooling
         self._normalize = normalize
-        self._passes = plan_passes([len(text) for text in texts], chunk)
+        # The core would divide passes of more once again.
+        self._passes = plan_passes(
+            [len(text) for text in texts],
+            min(chunk, PREFILL_CHUNK),
+            alone=model.config.num_experts > 0,
+        )
         self._caches: dict[int, _core.KvCache] = {}
         self._pooled: dict[int, Vectors | NDArray[np.float64]] = {}
 
@@ -166,12 +171,15 @@ def unit_length(x: NDArray[np.floating]) -> NDArray[np.float64]:
     return wide / np.where(length == 0, 1, length)
 
 
-def plan_passes(lengths: Sequence[int], chunk: int) -> Iterator[list[_Part]]:
+def plan_passes(
+    lengths: Sequence[int], chunk: int, *, alone: bool = False
+) -> Iterator[list[_Part]]:
     """Divide texts of these lengths into passes of up to ``chunk`` tokens.
 
     Products of up to SAME_BITS tokens have other roundings than those of more. So short texts are
     computed in passes of so few, longer ones in parts of more: whatever else is in a pass, and
-    however a text is divided, its tokens get the same bits.
+    however a text is divided, its tokens get the same bits. But where experts take few of a pass's
+    tokens or more, that depends on the others: longer texts are then to stand ``alone``.
     """
     least = SAME_BITS + 1
     chunk = max(chunk, 2 * least)  # where one part ends, another must fit
@@ -189,6 +197,9 @@ def plan_passes(lengths: Sequence[int], chunk: int) -> Iterator[list[_Part]]:
         yield parts
     parts, room = [], chunk
     for i in long:
+        if alone and parts:
+            yield parts
+            parts, room = [], chunk
         begin = 0
         while begin < lengths[i]:
             rest = lengths[i] - begin

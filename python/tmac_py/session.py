@@ -13,7 +13,7 @@ import numpy as np
 from tmac_py.cancelling import CancelledStep, cancellable
 from tmac_py.checks import check_whole
 from tmac_py.decoding import Ids
-from tmac_py.errors import ContextError, OptionError, TmacError
+from tmac_py.errors import ContextError, ModelFileError, OptionError, TmacError
 from tmac_py.generate import Result, Token, stream_tokens
 from tmac_py.options import GenerationOptions
 from tmac_py.plans import Plan, fix_seed, make_plan
@@ -162,7 +162,13 @@ class Session:
             raise ContextError(
                 f"{path}: holds {len(ids)} tokens, the context has room for {session.n_ctx}"
             )
-        session._cache.restore(state)
+        try:
+            session._cache.restore(state)
+        except ValueError as error:
+            raise ModelFileError(f"{path}: {error}") from None
+        held = session._cache.pos
+        if held != len(ids):
+            raise ModelFileError(f"{path}: {len(ids)} tokens with the state of {held}")
         session._ids = ids.tolist()
         session.note = note
         return session

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from tmac_py.decoding import Ids
 from tmac_py.errors import ModelFileError
 
-_FORMAT = "tmac-session-1"
+_FORMAT = "tmac-session-2"
 _MAX_HEADER_BYTES = 1 << 16
 _PARTS = ("ids", "state", "note")
 
@@ -72,11 +73,13 @@ def read_session(path: Path, fingerprint: str) -> tuple[str, Ids, State, str]:
         header: dict[str, Any] = json.loads(content[8 : 8 + length])
         metadata = header["__metadata__"]
         if metadata["format"] != _FORMAT:
-            raise ValueError
+            raise ModelFileError(f"{path}: format {metadata['format']!r}; allowed: {_FORMAT!r}")
         data = content[8 + length :]
-        middle, state_end, end = (header[name]["data_offsets"][1] for name in _PARTS)
+        middle, state_end, end = (index(header[name]["data_offsets"][1]) for name in _PARTS)
+        if middle % 4 or sorted([0, middle, state_end, end]) != [0, middle, state_end, end]:
+            raise ValueError
         kv, model, checksum = metadata["kv"], metadata["model"], metadata["xxh3"]
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         raise ModelFileError(f"{path}: not a saved session ({_FORMAT})") from None
     if len(data) != end or xxhash.xxh3_128_hexdigest(data) != checksum:
         raise ModelFileError(f"{path}: the file is damaged: it does not match its checksum")

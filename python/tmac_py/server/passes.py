@@ -68,7 +68,7 @@ class Passes:
             if scores is not None:
                 scores.add(rows)
                 if scores.complete:  # as without scores the last part gives the last logits only
-                    slot.rewind((len(job.text) - 1) // self._chunk * self._chunk)
+                    slot.rewind_to_chunk((len(job.text) - 1) // self._chunk * self._chunk)
                 return
         except Exception as error:
             self.free(slot, error)

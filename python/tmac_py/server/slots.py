@@ -117,11 +117,18 @@ class Slot:
         del self.held[n:]
         self._whole = self._in_whole_chunks(n)
 
+    def rewind_to_chunk(self, n: int) -> None:
+        """The same, and what is left of a chunk: all that is held was computed in whole ones."""
+        self.rewind(n)
+        while len(self.held) > self._whole:
+            self.rewind(self._whole)
+
     def _take_over(self, known: int, request: Request) -> None:
         """Keep so many tokens, or as many fewer as the cache and ``request.reuse`` make it."""
-        self.rewind(known)
-        while request.reuse != "any" and len(self.held) > self._whole:
-            self.rewind(self._whole)
+        if request.reuse == "any":
+            self.rewind(known)
+        else:
+            self.rewind_to_chunk(known)
 
     def _in_whole_chunks(self, n: int) -> int:
         """Of the first ``n`` tokens those in chunks as a prompt from its beginning has them."""
