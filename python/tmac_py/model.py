@@ -283,6 +283,7 @@ class Model(CompletionMethods):
 
     def chat_prompt(
         self,
+        /,
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,

@@ -137,7 +137,7 @@ class Sampler:
         state, increment = pcg64_state(self.seed)
         self._core = _core.Sampler(
             temperature=params.temperature,
-            top_k=params.top_k,
+            top_k=min(params.top_k, _MAX_ID),
             top_p=params.top_p,
             min_p=params.min_p,
             repeat_penalty=params.repeat_penalty,
