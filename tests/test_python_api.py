@@ -254,3 +254,10 @@ def test_closing_a_model_ends_its_generations(model: Model) -> None:
     other.close()
     with pytest.raises(TmacError, match="the model is closed"):
         list(tokens)
+
+
+def test_a_closed_model_says_so_of_a_chat(model: Model) -> None:
+    other = Model.load(model.path, threads=1)
+    other.close()
+    with pytest.raises(TmacError, match="the model is closed"):
+        other.chat(HELLO)
