@@ -68,7 +68,7 @@ struct LinearSpec {
   int64_t chunk_bytes(int64_t n) const {
     return kTileRows * (ternary() ? ternary_chunk_row_bytes(n) : bits);
   }
-  // Kernels must not leave a copy of it to the linker: it would be compiled for one CPU.
+  // Kernels must leave no copy of this or of tile_bytes to the linker: it would be for one CPU.
   __attribute__((always_inline)) int64_t code_bytes(int64_t g) const {
     const int64_t before = chunks_in(g) - 1, last = weights_in(g) - before * chunk_weights();
     return before * chunk_bytes(chunk_weights()) + chunk_bytes(last);
@@ -79,7 +79,7 @@ struct LinearSpec {
   }
   int64_t n_constants() const { return n_scales() + (offset_kind == OffsetKind::kNone ? 0 : 1); }
   int64_t scale_bytes() const { return 2 * kTileRows * n_constants(); }
-  int64_t tile_bytes() const {
+  __attribute__((always_inline)) int64_t tile_bytes() const {
     const int64_t last = n_groups() - 1;
     return round_up(last * code_bytes(0) + code_bytes(last) + n_groups() * scale_bytes(),
                     kAlignment);
