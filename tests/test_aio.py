@@ -114,6 +114,8 @@ def test_errors_and_a_cancel_of_ones_own(model: Model) -> None:
             await model.agenerate("the cat", temperature=-1)
         with pytest.raises(OptionError, match="temperature is -1"):
             await anext(model.astream("the cat", temperature=-1))
+        with pytest.raises(OptionError, match="cancel is 5; allowed"):
+            await model.agenerate("the cat", cancel=5)
         cancel = threading.Event()
         tokens = []
         async for token in model.astream("the cat", cancel=cancel, **OPTIONS):

@@ -245,6 +245,7 @@ def test_a_report_has_the_machine_and_the_rows(
         (["--kv", "f16,q8"], "kv is 'q8'; allowed: 'f16'"),
         (["--profile", "-n", "0"], "--profile is of single tokens"),
         (["--report", "-o", "json"], "--report is Markdown"),
+        (["--profile", "-o", "json"], "--profile is text"),
         (["--report", "--profile"], "not allowed with argument"),
         (["--sweep", "speed"], "give one or more of threads,bits,isa"),
         (["--sweep", "threads", "--kv", "f16,int8"], "takes one value of --kv"),

@@ -139,6 +139,7 @@ def test_exit_status_says_slower(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("{", "not a result of tmac-bench -o json"),
         ("\udcff", "not a result of tmac-bench -o json"),
         ("7", "row 1: not an object"),
+        (json.dumps([row([1, 2], avg_ts=10**400)]), "allowed: numbers above 0"),
         ('[{"schema": 1}]', "row 1: has no model_type"),
         (json.dumps([row([1, 2]), row([1, 2], schema=2)]), "row 2: schema is 2"),
         (json.dumps([row([1, 2], median_ts="x")]), "median_ts is 'x'"),

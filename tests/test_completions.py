@@ -117,6 +117,38 @@ def test_tools_that_have_to_be_called(model: Model, choice: object) -> None:
     assert [one["function"] for one in calls] == [call["function"]]
 
 
+def test_parameters_with_definitions_of_their_own(model: Model) -> None:
+    """As pydantic writes them: each tool's "#/$defs/Place" is its own."""
+    tools = [
+        {
+            "function": {
+                "name": name,
+                "parameters": {
+                    "type": "object",
+                    "properties": {"at": {"$ref": "#/$defs/Place"}},
+                    "required": ["at"],
+                    "additionalProperties": False,
+                    "$defs": {"Place": {"enum": [place]}},
+                },
+            }
+        }
+        for name, place in (("look", "cat"), ("sit", "mat"))
+    ]
+    for name, place in (("look", "cat"), ("sit", "mat")):
+        completion = model.create_chat_completion(
+            HELLO, tools=tools, tool_choice={"function": {"name": name}}, seed=1
+        )
+        (call,) = completion["choices"][0]["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == {"at": place}
+    for seed in range(4):
+        completion = model.create_chat_completion(
+            HELLO, tools=tools, tool_choice="required", seed=seed
+        )
+        (call,) = completion["choices"][0]["message"]["tool_calls"]
+        place = {"look": "cat", "sit": "mat"}[call["function"]["name"]]
+        assert json.loads(call["function"]["arguments"]) == {"at": place}
+
+
 def test_echo(model: Model) -> None:
     answer = model.generate("the cat", **SAME)
     for prompt in ("the cat", model.check_prompt("the cat").tolist()):
@@ -163,6 +195,9 @@ def test_forms_and_limits(model: Model) -> None:
 def test_what_is_wrong(model: Model) -> None:
     for call, text in (
         (lambda: model.create_completion("a", logprobs=21), "logprobs is 21; allowed: 0 to 20"),
+        (lambda: model.create_completion("a", logprobs=False), "logprobs is False; allowed: 0"),
+        (lambda: model.create_completion(["a"], echo=True), "token ids must be a sequence"),
+        (lambda: model.create_completion("a", stream_options=5), "stream_options is 5; allowed"),
         (lambda: model.create_completion("a", max_tokens="9"), "max_tokens is '9'; allowed: 1 up"),
         (lambda: model.generate("a", max_tokens="9"), "max_tokens is '9'; allowed: 1 up"),
         (lambda: model.create_chat_completion([]), "messages is missing or empty"),
@@ -176,7 +211,7 @@ def test_what_is_wrong(model: Model) -> None:
             lambda: model.create_completion(
                 "a", response_format={"type": "json_object"}, regex="a"
             ),
-            "several forms of one answer",
+            "response_format, tool_choice, json_schema",
         ),
     ):
         with pytest.raises(OptionError, match=text):

@@ -99,6 +99,9 @@ def test_a_batch_is_checked_before_any_work(model: Model, monkeypatch: pytest.Mo
         (["a"], {"batch_size": 17}, OptionError, "batch_size is 17; allowed: 1 to 16"),
         (["a"], {"temperature": -1}, OptionError, "temperature is -1"),
         (["a"], {"draught": 1}, TypeError, "unexpected keyword argument 'draught'"),
+        (["a"], {"draft": "none"}, TypeError, "unexpected keyword argument 'draft'"),
+        (["a"], {"n_ctx": -5}, ContextError, "n_ctx is -5; allowed: 0 up"),
+        ("abc", {}, OptionError, "prompts is 'abc'; allowed: a list of prompts"),
     ):
         with pytest.raises(error, match=text):
             model.generate_batch(prompts, **options)
@@ -132,5 +135,7 @@ def test_what_cannot_be_scored(model: Model) -> None:
         model.score("", after="the cat")
     with pytest.raises(OptionError, match="outside the vocabulary"):
         model.score([5, tiny.VOCAB])
+    with pytest.raises(OptionError, match="token ids must be a sequence"):
+        model.score(5, after="the cat")
     with pytest.raises(ContextError, match="97 tokens, the context holds 96"):
         model.score([5] * 97)

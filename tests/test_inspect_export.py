@@ -60,7 +60,7 @@ def test_an_empty_folder_is_taken(lut: Path, tmp_path: Path) -> None:
         (["--export", "full"], "full: exists; --export needs a new folder"),
         (["--export", "file"], "file: exists; --export needs a new folder"),
         (["--export", "new", "--tensor", "*.nothing"], "is named '*.nothing'; --tensors lists"),
-        (["--export", "new/deep"], "No such file"),
+        (["--export", "new/deep"], "new does not exist"),
         (["--tensor", "x"], "--tensor needs --export"),
         (["--export", "new", "--diff", "x"], "do not go together"),
     ],

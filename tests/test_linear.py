@@ -225,6 +225,11 @@ def test_mpgemm_is_one_product() -> None:
 
 def test_packed_bytes_that_do_not_fit() -> None:
     linear = LutLinear(quantize(weights(70, 96), bits=3), threads=1)
+    for given, kind in ((np.ones((2, 96)), "ndarray"), (linear, "LutLinear"), (None, "NoneType")):
+        with pytest.raises(OptionError, match=f"weights is of type {kind}; allowed: a QuantTensor"):
+            mpgemm(np.ones(96), given)
+    with pytest.raises(OptionError, match="a packed matrix is bytes and LinearSpec; allowed"):
+        mpgemm(np.ones(96), (linear.packed.tobytes(), linear.spec))
     with pytest.raises(OptionError, match="packed must be"):
         mpgemm(np.ones(96), (linear.packed[:-1], linear.spec))
     with pytest.raises(OptionError, match="order"):

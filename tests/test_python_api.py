@@ -48,6 +48,13 @@ def test_templates_get_tools_and_variables(model: Model) -> None:
         assert answer.timings.n_prompt == len(other.tokenizer.encode("look glad the cat"))
         with pytest.raises(OptionError, match="'tools' is not a variable to choose"):
             other.chat(HELLO, chat_template_kwargs={"tools": 1})
+        with pytest.raises(OptionError, match="chat_template_kwargs is 5; allowed: names"):
+            other.chat(HELLO, chat_template_kwargs=5)
+        names = {"mood": "glad", "self": 1}
+        assert other.chat(HELLO, tools=[{}], chat_template_kwargs=names, max_tokens=1).ids
+        for messages, tools, text in (("hi", None, "messages is 'hi'"), (HELLO, [1], "tools is")):
+            with pytest.raises(TmacError, match=text):
+                other.chat(messages, tools=tools)
 
 
 def test_stop_token_ids_end_an_answer(model: Model) -> None:
@@ -109,6 +116,13 @@ def test_json_of_a_schema(model: Model) -> None:
         ({"regex": ""}, "regex is ''; allowed"),
         ({"regex": "a", "grammar": "b"}, "regex and grammar together"),
         ({"cancel": True}, "cancel is True; allowed: a threading.Event"),
+        ({"progress": 5}, "progress is 5; allowed: a function"),
+        ({"stop": 5}, "stop is 5; allowed: a text or a sequence of texts"),
+        ({"temperature": 10**400}, "allowed: 0 (greedy) and more"),
+        ({"logit_bias": {1: 10**400}}, "allowed: a finite number"),
+        ({"json_schema": "[" * 100_000}, "json_schema is not JSON"),
+        ({"json_schema": {"$ref": "#"}}, "json_schema: this schema is not supported"),
+        ({"regex": "[z-a]"}, "error: invalid character class range"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_any_work(model: Model, options: dict, text: str) -> None:
@@ -240,3 +254,10 @@ def test_closing_a_model_ends_its_generations(model: Model) -> None:
     other.close()
     with pytest.raises(TmacError, match="the model is closed"):
         list(tokens)
+
+
+def test_a_closed_model_says_so_of_a_chat(model: Model) -> None:
+    other = Model.load(model.path, threads=1)
+    other.close()
+    with pytest.raises(TmacError, match="the model is closed"):
+        other.chat(HELLO)

@@ -177,3 +177,9 @@ def test_a_value_that_is_not_allowed_is_named(name, value):
 
 def test_numpy_numbers_are_numbers():
     SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint32(7))
+
+
+def test_top_k_may_be_any_whole_number() -> None:
+    logits = np.array([0.0, 2.0, 1.0], np.float32)
+    sampler = Sampler(SamplingParams(top_k=2**70, temperature=0))
+    assert sampler.sample(logits)[0] == 1

@@ -102,6 +102,9 @@ def test_the_schema_of_a_call() -> None:
         {"type": "function", "function": {"name": "time"}},
     ]
     one, two = call_schema(tools)["anyOf"]
-    assert one["properties"] == {"name": {"const": "weather"}, "arguments": city}
-    assert two["properties"]["arguments"] == {"type": "object"}
+    assert one["properties"] == {
+        "name": {"const": "weather"},
+        "arguments": {"$id": "urn:tool:0", **city},
+    }
+    assert two["properties"]["arguments"] == {"$id": "urn:tool:1", "type": "object"}
     assert json.dumps(call_schema(tools))

@@ -165,3 +165,14 @@ def test_the_blocks_in_the_docs_run() -> None:
     for block in (b for b in blocks if "torch" in b):
         exec(block, names)
     assert isinstance(names["model"][0], LutLinear)
+
+
+def test_one_pattern_to_skip() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 4))
+    assert replace_linears(model, skip="*1") == ["0"]
+
+
+def test_weights_that_were_moved() -> None:
+    layer = LutLinear.from_linear(nn.Linear(64, 32)).to("meta")
+    with torch.no_grad(), pytest.raises(OptionError, match="the weights are on meta; allowed"):
+        layer(torch.ones(1, 64))

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from functools import partial
 from typing import TypeVar
 
-from tmac_py.cancelling import AnyOf, Cancel
+from tmac_py.cancelling import AnyOf, Cancel, check_cancel
 from tmac_py.options import GenerationOptions
 
 T = TypeVar("T")
@@ -39,8 +39,10 @@ async def iterate(start: Callable[[Cancel], Generator[T, None, None]]) -> AsyncG
 
 
 def stoppable(options: GenerationOptions, stop: Cancel) -> GenerationOptions:
-    """``options`` of a generation that ``stop`` ends too."""
-    return {**options, "cancel": AnyOf(options.get("cancel"), stop)}
+    """``options`` of a generation that ``stop`` ends too; OptionError for a wrong ``cancel``."""
+    cancel = options.get("cancel")
+    check_cancel(cancel)
+    return {**options, "cancel": AnyOf(cancel, stop)}
 
 
 async def _call(work: Callable[[], T], stop: threading.Event) -> T:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tmac_py.cancelling import CancelledStep, cancellable, check_cancelled
 from tmac_py.checks import check_whole
 from tmac_py.decoding import SAME_BITS, Logits, prefill
+from tmac_py.errors import ContextError, OptionError
 from tmac_py.generate import AnswerText, Result, Timings, Token
+from tmac_py.options import AnswerOptions, given_options
 from tmac_py.plans import Plan, fix_seed, make_plan, needed_context
 
 if TYPE_CHECKING:
@@ -19,7 +24,6 @@ if TYPE_CHECKING:
 
     from tmac_py import _core
     from tmac_py.model import Model
-    from tmac_py.options import AnswerOptions
 
 
 def generate_batch(
@@ -32,7 +36,11 @@ def generate_batch(
     **options: Unpack[AnswerOptions],
 ) -> list[Result]:
     """See ``Model.generate_batch``."""
+    given_options(options, AnswerOptions)
     check_whole("batch_size", batch_size, 1, SAME_BITS)
+    check_whole("n_ctx", n_ctx, 0, error=ContextError)
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence | np.ndarray):
+        raise OptionError(f"prompts is {reprlib.repr(prompts)}; allowed: a list of prompts")
     waiting: deque[tuple[int, Plan, int]] = deque()
     seeds = []
     for i, prompt in enumerate(prompts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Generic, Literal, Protocol
 
 from tmac_py.decoding import CacheT, Forward, Ids, Logits
+from tmac_py.errors import OptionError
 
 
 class Cancel(Protocol):
@@ -12,6 +13,12 @@ class Cancel(Protocol):
 
     def is_set(self) -> bool:
         """Whether to end."""
+
+
+def check_cancel(cancel: object) -> None:
+    """OptionError for what is neither a Cancel nor None."""
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise OptionError(f"cancel is {cancel!r}; allowed: a threading.Event, or what has is_set")
 
 
 class AnyOf:

@@ -7,6 +7,7 @@ with the names and settings transformers gives them, and see nothing but plain d
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
@@ -47,6 +48,7 @@ class ChatTemplate:
 
     def render(
         self,
+        /,
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
@@ -62,13 +64,13 @@ class ChatTemplate:
             **variables: more names for the template (``enable_thinking=False``).
 
         Raises:
-            TmacError: a message is malformed, or the template refuses the messages or fails.
+            TmacError: messages or tools are malformed, or the template refuses them or fails.
         """
         names: dict[str, Any] = {
             **self._special_tokens,
             **variables,
-            "messages": [_checked(i, message) for i, message in enumerate(messages)],
-            "tools": None if tools is None else [dict(tool) for tool in tools],
+            "messages": _checked_messages(messages),
+            "tools": None if tools is None else _checked_tools(tools),
             "documents": variables.get("documents"),
             "add_generation_prompt": add_generation_prompt,
         }
@@ -174,7 +176,16 @@ def _tojson(
     )
 
 
-def _checked(index: int, message: Message) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise TmacError(f"message {index} must be a mapping with a text under 'role'")
-    return dict(message)
+def _checked_messages(messages: object) -> list[dict[str, Any]]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise TmacError(f"messages is {reprlib.repr(messages)}; allowed: a list of mappings")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise TmacError(f"message {i} must be a mapping with a text under 'role'")
+    return [dict(message) for message in messages]
+
+
+def _checked_tools(tools: object) -> list[dict[str, Any]]:
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise TmacError(f"tools is {reprlib.repr(tools)}; allowed: a list of mappings")
+    return [dict(tool) for tool in tools]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -43,9 +44,27 @@ def check_real(
     """OptionError unless ``value`` is a finite number from ``low`` (or above it) to ``high``."""
     valid = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if valid:
-        valid = math.isfinite(value) and low <= value <= high and not (above_low and value == low)
+        valid = is_finite(value) and low <= value <= high and not (above_low and value == low)
     if not valid:
         raise OptionError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a number is one that a float can hold."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def check_variables(values: object) -> dict[str, Any]:
+    """More names for a chat template; OptionError for others than it may be given."""
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise OptionError(f"chat_template_kwargs is {values!r}; allowed: names and their values")
+    for name in ("messages", "tools", "add_generation_prompt"):
+        if name in values:
+            raise OptionError(f"chat_template_kwargs: {name!r} is not a variable to choose")
+    return dict(values)
 
 
 def check_ids(ids: ArrayLike, vocab_size: int) -> NDArray[np.int32]:

@@ -99,12 +99,13 @@ class CompletionMethods(TextMethods):
         """
         if echo and logprobs is not None:
             raise OptionError("echo and logprobs; allowed: either (Model.score has the prompt's)")
-        text = prompt if isinstance(prompt, str) else self._model.tokenizer.decode(prompt)
         shape = ReplyShape(
             chat=False,
-            echo=(text,) if echo else (),
+            echo=(_text(self._model, prompt),) if echo else (),
             logprobs=logprobs is not None,
-            top_logprobs=check_whole("logprobs", logprobs or 0, 0, MAX_LOGPROBS),
+            top_logprobs=0
+            if logprobs is None
+            else check_whole("logprobs", logprobs, 0, MAX_LOGPROBS),
             include_usage=_include_usage(options),
         )
         return _answer(self._model, prompt, shape, stream, options)
@@ -209,7 +210,7 @@ def _answer(
     if len([one for one in (form, asked, read_form(options)) if one is not None]) > 1:
         raise OptionError(
             "several forms of one answer; allowed: one of response_format, tool_choice, "
-            f" {', '.join(FORMS)}"
+            f"{', '.join(FORMS)}"
         )
     form = form or asked
     if form is not None:
@@ -253,8 +254,18 @@ class _Alternatives:
         self.last = tuple(top_logprobs(logits, self._n))
 
 
+def _text(model: Model, prompt: str | Sequence[int]) -> str:
+    """A prompt as an answer repeats it."""
+    if isinstance(prompt, str):
+        return prompt
+    return model.tokenizer.decode(model.check_prompt(prompt).tolist(), skip_special=False)
+
+
 def _include_usage(options: CompletionOptions) -> bool:
-    return bool((options.get("stream_options") or {}).get("include_usage"))
+    given = options.get("stream_options")
+    if given is not None and not isinstance(given, Mapping):
+        raise OptionError(f"stream_options is {given!r}; allowed: a mapping")
+    return given is not None and bool(given.get("include_usage"))
 
 
 def _generation_options(options: CompletionOptions) -> GenerationOptions:

@@ -65,13 +65,13 @@ def schema_form(schema: object, option: str) -> Form:
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OptionError(f"{option} is not JSON: {error}") from error
     if not isinstance(schema, Mapping):
         raise OptionError(f"{option} is {schema!r}; allowed: an object, or JSON text of one")
     try:
         return Form("json_schema", json.dumps(schema), option)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(f"{option} is not JSON: {error}") from error
 
 
@@ -132,13 +132,13 @@ class Constraints:
             else:
                 grammar = LLMatcher.grammar_from_lark(form.source)
             matcher = LLMatcher(self._open_tokenizer(), grammar, log_level=0)
+            matcher.compute_bitmask()  # some limits are met only here
             problem = matcher.get_error()
         except ValueError as error:
             problem = str(error)
         if problem:
             what = {"json_schema": "schema"}.get(form.kind, form.kind)
-            first = problem.strip().splitlines()[0]
-            raise OptionError(f"{form.option}: this {what} is not supported: {first}")
+            raise OptionError(f"{form.option}: this {what} is not supported: {_summary(problem)}")
         return _Follower(matcher, n_prompt, form.option)
 
     def _open_tokenizer(self) -> LLTokenizer:
@@ -153,6 +153,12 @@ class Constraints:
                     eos_token=list(self._config.eos_token_ids),
                 )
             return self._opened
+
+
+def _summary(problem: str) -> str:
+    """The first line of what llguidance says, and the reason where that stands in a later one."""
+    first, *others = problem.strip().splitlines()
+    return " ".join([first, *(line for line in others if line.startswith("error: "))])
 
 
 class _Vocabulary:
@@ -187,6 +193,6 @@ class _Follower:
         self._known = len(ids)
         mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         if matcher.is_error():
-            raise TmacError(f"{self._option}: {matcher.get_error().splitlines()[0]}")
+            raise TmacError(f"{self._option}: {_summary(matcher.get_error())}")
         allowed = np.unpackbits(mask, count=len(logits), bitorder="little")
         logits[allowed == 0] = -np.inf

@@ -266,8 +266,10 @@ def stream_tokens(
 
 def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
     """One or several stop strings as a tuple; OptionError for one that is empty or no text."""
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, Sequence):
+        raise OptionError(f"stop is {stop!r}; allowed: a text or a sequence of texts")
     for string in strings:
         if not isinstance(string, str) or not string:
             raise OptionError(f"stop is {string!r}; allowed: texts of at least one character")
-    return strings
+    return tuple(strings)

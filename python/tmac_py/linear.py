@@ -45,6 +45,10 @@ class LutLinear:
     def __init__(
         self, weights: QuantTensor, *, threads: int | None = None, tables: Tables = "int8"
     ) -> None:
+        if not isinstance(weights, QuantTensor):
+            raise OptionError(
+                f"weights is of type {type(weights).__name__}; allowed: a QuantTensor"
+            )
         check_tables(tables)
         check_threads(threads)
         self._open((pack(weights), weights.spec), weights.order, threads, tables)
@@ -85,6 +89,9 @@ class LutLinear:
         self._tables = check_tables(tables)
         self._pool = thread_pool(check_threads(threads))
         self.packed, self.spec = weights
+        if not isinstance(self.packed, np.ndarray) or not isinstance(self.spec, LinearSpec):
+            kinds = " and ".join(type(part).__name__ for part in weights)
+            raise OptionError(f"a packed matrix is {kinds}; allowed: uint8 [nbytes] and LinearSpec")
         try:
             self._linear = open_linear(self.packed, self.spec, order)
         except ValueError as error:
@@ -200,9 +207,9 @@ def mpgemm(
     Raises:
         OptionError: an argument is not allowed, or ``x`` does not fit the matrix.
     """
-    if isinstance(weights, QuantTensor):
-        return LutLinear(weights, threads=threads, tables=tables)(x)
-    return LutLinear.from_packed(*weights, threads=threads, tables=tables)(x)
+    if isinstance(weights, tuple) and len(weights) == 2:
+        return LutLinear.from_packed(*weights, threads=threads, tables=tables)(x)
+    return LutLinear(weights, threads=threads, tables=tables)(x)
 
 
 def _float32(name: str, values: ArrayLike) -> NDArray[np.float32]:

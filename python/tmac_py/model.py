@@ -125,10 +125,14 @@ class Model(CompletionMethods):
 
     @property
     def chat_template(self) -> ChatTemplate | None:
-        """The template of a chat model, None for others; TmacError if it is not a valid one."""
+        """The template of a chat model, None for others.
+
+        Raises TmacError: it is not a valid one, or the model was closed before its first use.
+        """
         if self._template is None and self._tokenizer is not None:
             from tmac_py.chat import ChatTemplate, find_template  # jinja2 takes a while to import
 
+            self._open_decoder()  # the file is open as long as that
             source = self._template_source or find_template(
                 self.file.tokenizer, self._tokenizer.config
             )
@@ -283,6 +287,7 @@ class Model(CompletionMethods):
 
     def chat_prompt(
         self,
+        /,
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,

@@ -91,6 +91,6 @@ def _call(where: str, call: object) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OptionError(f"{where}.tool_calls: arguments are not JSON") from error
     return {**call, "function": {**function, "arguments": arguments}}

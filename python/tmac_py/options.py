@@ -86,9 +86,11 @@ SAMPLING_OPTIONS = (
 """Those that are arguments of SamplingParams."""
 
 
-def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the caller said: without what is None. TypeError for an option that there is not."""
+def given_options(
+    options: Mapping[str, Any], known: type[AnswerOptions] = GenerationOptions
+) -> dict[str, Any]:
+    """What the caller said: without what is None. TypeError for one that is not ``known``."""
     for name in options:
-        if name not in GenerationOptions.__annotations__:
+        if name not in known.__annotations__:
             raise TypeError(f"unexpected keyword argument {name!r}")
     return {name: value for name, value in options.items() if value is not None}

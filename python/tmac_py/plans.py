@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
-from tmac_py.cancelling import Cancel
+from tmac_py.cancelling import Cancel, check_cancel
 from tmac_py.checks import check_whole
 from tmac_py.constraints import read_form
 from tmac_py.decoding import Ids, Progress
@@ -74,8 +74,10 @@ def make_plan(
     stop_ids = _check_tokens(model, "a token id of stop_token_ids", given.get("stop_token_ids", ()))
     processors = check_processors(given.get("logits_processor", ()))
     cancel = given.get("cancel")
-    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
-        raise OptionError(f"cancel is {cancel!r}; allowed: a threading.Event, or what has is_set")
+    check_cancel(cancel)
+    progress = given.get("progress")
+    if progress is not None and not callable(progress):
+        raise OptionError(f"progress is {progress!r}; allowed: a function")
     stop = check_stop(given.get("stop", ()))
     form = read_form(given)
     if form is not None:  # last: other processors cannot bring back what it forbids
@@ -90,7 +92,7 @@ def make_plan(
         decoder=IncrementalDecoder(model.tokenizer, trim_space=given.get("trim_space", False)),
         draft=given.get("draft", "lookup"),
         cancel=cancel,
-        progress=given.get("progress"),
+        progress=progress,
     )
 
 

@@ -137,7 +137,7 @@ class Sampler:
         state, increment = pcg64_state(self.seed)
         self._core = _core.Sampler(
             temperature=params.temperature,
-            top_k=params.top_k,
+            top_k=min(params.top_k, _MAX_ID),
             top_p=params.top_p,
             min_p=params.min_p,
             repeat_penalty=params.repeat_penalty,
@@ -175,8 +175,7 @@ class Sampler:
     def probabilities(self, logits: Logits, history: Sequence[int] = ()) -> tuple[Ids, Shares]:
         """What :meth:`sample` draws from: the tokens that may come next, and how likely each is.
 
-        Speculative decoding accepts the tokens of a draft by these. Arguments and errors as
-        :meth:`sample`.
+        Arguments and errors as :meth:`sample`.
 
         Returns:
             ids int32 [n] and probabilities float64 [n], which add up to 1; with temperature 0 the

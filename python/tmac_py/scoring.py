@@ -48,7 +48,10 @@ def score(
     else:
         before = model.check_prompt(after).tolist()
         own = model.tokenizer.encode(text, add_special=False) if isinstance(text, str) else text
-        ids, first = [*before, *own], len(before)
+        ids, first = (
+            before + (model.check_prompt(own).tolist() if np.size(own) else []),
+            len(before),
+        )
     if len(ids) <= first:
         raise OptionError("the text has no token to score; the first needs another before it")
     if len(ids) > model.n_ctx:

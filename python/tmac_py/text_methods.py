@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from tmac_py.batch import generate_batch
+from tmac_py.checks import check_variables
 from tmac_py.decoding import SAME_BITS
-from tmac_py.errors import OptionError
 from tmac_py.generate import Result, Token
 from tmac_py.plans import fix_seed, needed_context
 
@@ -230,8 +230,4 @@ def chat_ids(
     names: Mapping[str, Any] | None,
 ) -> list[int]:
     """``Model.chat_prompt`` with more ``names`` for the template; OptionError for reserved ones."""
-    names = dict(names or {})
-    reserved = {"messages", "tools", "add_generation_prompt"} & names.keys()
-    if reserved:
-        raise OptionError(f"chat_template_kwargs: {min(reserved)!r} is not a variable to choose")
-    return model.chat_prompt(messages, tools=tools, **names)
+    return model.chat_prompt(messages, tools=tools, **check_variables(names or {}))

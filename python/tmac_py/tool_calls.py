@@ -93,16 +93,20 @@ class ToolCallFinder:
 
 
 def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """JSON schema of an answer that calls one of ``tools``, which are in OpenAI's shape."""
-    return {"anyOf": [_one_call(tool["function"]) for tool in tools]}
+    """JSON schema of an answer that calls one of ``tools``, which are in OpenAI's shape.
+
+    Schemas of parameters stay documents of their own, so that "#/$defs/..." in one means its own.
+    """
+    return {"anyOf": [_one_call(i, tool["function"]) for i, tool in enumerate(tools)]}
 
 
-def _one_call(function: Mapping[str, Any]) -> dict[str, Any]:
+def _one_call(index: int, function: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = function.get("parameters") or {"type": "object"}
     return {
         "type": "object",
         "properties": {
             "name": {"const": function["name"]},
-            "arguments": function.get("parameters") or {"type": "object"},
+            "arguments": {"$id": f"urn:tool:{index}", **parameters},
         },
         "required": ["name", "arguments"],
         "additionalProperties": False,

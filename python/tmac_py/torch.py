@@ -94,7 +94,7 @@ class LutLinear(nn.Module):
         """Multiply: ``x [..., in_features]``, floats on the CPU -> ``[..., out_features]``.
 
         Raises:
-            OptionError: ``x`` does not fit, is elsewhere, or asks for a gradient.
+            OptionError: ``x`` does not fit or asks for a gradient; it or the weights are elsewhere.
         """
         if x.device.type != "cpu" or x.dtype not in _DTYPES:
             raise OptionError(f"x is {x.dtype} on {x.device}; allowed: floats on the CPU")
@@ -115,6 +115,8 @@ class LutLinear(nn.Module):
 
     def _open(self) -> linear.LutLinear:
         """The matrix in ``packed``, opened again where another tensor has taken its place."""
+        if self.packed.device.type != "cpu":
+            raise OptionError(f"the weights are on {self.packed.device}; allowed: the CPU")
         if self._opened is None or self._opened[0] is not self.packed:
             opened = linear.LutLinear.from_packed(
                 self.packed.numpy(),
@@ -137,7 +139,7 @@ def replace_linears(
     group_size: int = 32,
     asym: bool = False,
     search: Search = "mse",
-    skip: Iterable[str] = (),
+    skip: str | Iterable[str] = (),
     threads: int | None = None,
     tables: Tables = "int8",
 ) -> list[str]:
@@ -148,7 +150,7 @@ def replace_linears(
 
     Args:
         module: what to search; not itself an ``nn.Linear``.
-        skip: patterns (``*`` and ``?``) of names to leave alone, such as ``"lm_head"``.
+        skip: one or several patterns (``*`` and ``?``) of names to leave alone: ``"lm_head"``.
         bits: this and the rest: see `LutLinear.from_linear`.
 
     Returns:
@@ -157,7 +159,7 @@ def replace_linears(
     Raises:
         OptionError: an argument is not allowed. Nothing has been replaced then.
     """
-    patterns = list(skip)
+    patterns = [skip] if isinstance(skip, str) else list(skip)
     made: dict[nn.Module, LutLinear] = {}
     places: dict[str, nn.Linear] = {}
     for name, child in module.named_modules(remove_duplicate=False):

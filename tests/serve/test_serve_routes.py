@@ -171,7 +171,17 @@ def test_the_page_is_served_and_needs_nothing_else(port: int) -> None:
             "this schema is not supported",
         ),
         ({"functions": [{"name": "f"}]}, "functions is not supported"),
-        ({"chat_template_kwargs": {"messages": []}}, "messages has a field of its own"),
+        ({"chat_template_kwargs": {"messages": []}}, "'messages' is not a variable to choose"),
+        ({"temperature": 10**400}, "allowed: 0 to 100"),
+        ({"logit_bias": {"5": 10**400}}, "allowed: -100 to 100"),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "tool_calls": [{"function": {"arguments": "[" * 9999}}]}
+                ]
+            },
+            "arguments are not JSON",
+        ),
     ],
 )
 def test_a_request_that_is_wrong_is_one_line(port: int, change: dict, text: str) -> None:

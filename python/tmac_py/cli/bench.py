@@ -29,6 +29,8 @@ def execute(args: argparse.Namespace) -> int:
         return compare(first, second, args.output)
     if args.report and args.output != "md":
         raise OptionError(f"--report is Markdown; leave out -o {args.output}")
+    if args.profile and args.output != "md":
+        raise OptionError(f"--profile is text; leave out -o {args.output}")
     if args.sweep is not None:
         from tmac_py.cli.bench_sweep import sweep
 

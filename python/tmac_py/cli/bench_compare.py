@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tmac_py.checks import is_finite
 from tmac_py.cli.bench_rows import SCHEMA, Row
 from tmac_py.cli.tables import format_table
 from tmac_py.errors import ModelFileError, OptionError
@@ -108,7 +109,7 @@ def _check_row(row: Any, where: str) -> None:
     for name in _NUMBERS:
         lowest = "from 0 up" if name == "stddev_ts" else "above 0"
         number = row[name]
-        real = type(number) in (int, float) and math.isfinite(number)
+        real = type(number) in (int, float) and is_finite(number)
         if not real or number < 0 or (number == 0 and name != "stddev_ts"):
             raise ModelFileError(f"{where}: {name} is {number!r}; allowed: numbers {lowest}")
 

@@ -34,11 +34,13 @@ def export(
         The names of the files.
 
     Raises:
-        OptionError: the folder has files, or a pattern fits no matrix or vector.
+        OptionError: the folder has files or its parent is none; a pattern fits no matrix or vector.
         OSError: it cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OptionError(f"{folder}: exists; --export needs a new folder, or an empty one")
+    if not folder.absolute().parent.is_dir():
+        raise OptionError(f"{folder}: the folder {folder.absolute().parent} does not exist")
     chosen = _chosen(file, patterns)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         made = Path(temporary) / "export"

@@ -7,8 +7,10 @@ import json
 import re
 from typing import Any, get_args
 
+from tmac_py.checks import check_variables
 from tmac_py.cli.arguments import whole_number
 from tmac_py.cli.models import MODEL_HELP
+from tmac_py.errors import OptionError
 from tmac_py.machine import MAX_THREADS
 from tmac_py.spec import Tables
 
@@ -267,7 +269,7 @@ def _template_variables(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    for name in ("messages", "tools", "add_generation_prompt"):
-        if name in value:
-            raise argparse.ArgumentTypeError(f"{name!r} is not a variable to choose")
-    return value
+    try:
+        return check_variables(value)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

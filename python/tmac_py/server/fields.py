@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from tmac_py.checks import is_finite
 from tmac_py.server.errors import invalid
 
 
@@ -47,7 +47,7 @@ def read_real(body: Mapping[str, Any], name: str, low: float, high: float) -> fl
     if value is None:
         return None
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
+    if not number or not is_finite(value) or not low <= value <= high:
         raise invalid(f"{name} is {_shown(value)}; allowed: {low:g} to {high:g}", name)
     return float(value)
 
@@ -59,16 +59,6 @@ def read_object(body: Mapping[str, Any], name: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise invalid(f"{name} is {_shown(value)}; allowed: an object", name)
-    return value
-
-
-def read_objects(body: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """A list of objects."""
-    value = body.get(name)
-    if value is None:
-        return []
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise invalid(f"{name} is {_shown(value)}; allowed: a list of objects", name)
     return value
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tmac_py.checks import check_whole
+from tmac_py.checks import check_variables, check_whole
 from tmac_py.constraints import Form, response_form, schema_form
 from tmac_py.decoding import Ids
 from tmac_py.embedding import read_texts
@@ -143,12 +143,10 @@ class RequestReader:
         except OptionError as error:
             raise invalid(str(error), "messages") from error
         tools, _ = _tools(body)
-        variables = read_object(body, "chat_template_kwargs")
-        reserved = {"messages", "tools", "add_generation_prompt"} & set(variables)
-        if reserved:
-            raise invalid(
-                f"{min(reserved)} has a field of its own in the request", "chat_template_kwargs"
-            )
+        try:
+            variables = check_variables(read_object(body, "chat_template_kwargs"))
+        except OptionError as error:
+            raise invalid(str(error), "chat_template_kwargs") from error
         return template.render(messages, tools=tools or None, **variables)
 
     def chat_prompt(self, body: Mapping[str, Any]) -> Ids:
