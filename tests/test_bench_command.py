@@ -237,6 +237,7 @@ def test_a_report_has_the_machine_and_the_rows(
         (["-t", "0"], "'0' is not allowed"),
         (["-n", "5-1"], "'5-1' is not allowed"),
         (["-n", "a"], "give whole numbers from 0 up"),
+        (["-p", "1-99999999"], "has 99999999 numbers; allowed: at most 1000"),
         (["-pg", "5"], "give two numbers"),
         (["-pg", "0,0"], "one must be above 0"),
         (["-t", "5000"], "give whole numbers from 1 to 1024"),

@@ -256,6 +256,10 @@ def files(chosen: Sequence[BenchModel], folder: Path) -> Iterator[tuple[str, Pat
             path.unlink(missing_ok=True)  # the folder may have gone before
 
 
+_MOST_NUMBERS = 1000
+"""Of one range: a longer one is a slip."""
+
+
 def _numbers(low: int, high: int | None = None) -> Callable[[str], list[int]]:
     """An argparse type: whole numbers and ranges as "1,2,4" and "1-8+2", from low to high."""
     allowed = f"from {low} up" if high is None else f"from {low} to {high}"
@@ -272,7 +276,12 @@ def _numbers(low: int, high: int | None = None) -> Callable[[str], list[int]]:
                     f"{text!r} is not allowed; give whole numbers {allowed}, "
                     "as 1,2,4 or 1-8 or 1-8+2"
                 )
-            found += range(first, last + 1, step)
+            numbers = range(first, last + 1, step)
+            if len(numbers) > _MOST_NUMBERS:
+                raise argparse.ArgumentTypeError(
+                    f"{text!r} has {len(numbers)} numbers; allowed: at most {_MOST_NUMBERS}"
+                )
+            found += numbers
         return list(dict.fromkeys(found))
 
     return parse
