@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader
 from numpy.typing import NDArray
-from peer_models import types_of, write_gguf
+from peer_models import write_gguf
+from peer_types import TYPE_IDS, TYPES_OF_ENCODING
 from worker_process import WorkerDied, WorkerProcess
 
 from tmac_py.benchmark import layer_products, weight_bytes
@@ -142,15 +143,21 @@ def shape_model(
 ) -> Model:
     """A shape with random weights in our encoding and in the peers' types of its bits.
 
-    Raises OptionError for an unknown shape.
+    Raises OptionError for an unknown shape, and for a type that none of the peers has.
     """
     _, weights = parse_synthetic(shape)
+    for type_name in types or ():
+        if peers and not any(type_name in TYPE_IDS[each.package] for each in peers):
+            known = sorted({name for each in peers for name in TYPE_IDS[each.package]})
+            raise OptionError(f"type {type_name!r}; allowed: {', '.join(known)}")
     lut = folder / "model.lut"
     write_synthetic(lut, shape)
     contenders: list[Contender] = []
     notes: list[str] = []
     for each in peers:
-        for type_name in types or types_of(weights, each.package):
+        for type_name in types or TYPES_OF_ENCODING[weights.removesuffix("bit")]:
+            if type_name not in TYPE_IDS[each.package]:
+                continue
             path = folder / f"{each.package}-{type_name}.gguf"
             try:
                 contenders += each.contenders(type_name, path, each.write(path, shape, type_name))

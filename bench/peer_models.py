@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
+from gguf_config import add_config
 from numpy.typing import NDArray
-from peer_types import TYPE_IDS, TYPES_OF_ENCODING
+from peer_types import TYPE_IDS
 
 from tmac_py.config import ModelConfig, is_matrix
 
@@ -25,19 +26,14 @@ Quantize = Callable[..., NDArray[np.uint8]]
 """Rows of a type and length [distinct rows, bytes of a row]; a matrix repeats them."""
 
 
-def types_of(weights: str, package: str) -> list[str]:
-    """The types of a package that stand beside "ternary" or "4bit"."""
-    names = TYPES_OF_ENCODING[weights.removesuffix("bit")]
-    return [name for name in names if name in TYPE_IDS[package]]
-
-
 def write_gguf(
     path: Path, config: ModelConfig, type_name: str, *, package: str, quantize: Quantize
 ) -> int:
     """Write the file; returns the bytes of the matrices that a decoded token reads."""
     arch = MODEL_ARCH.BITNET if config.sub_norms else MODEL_ARCH.LLAMA
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[arch])
-    _add_config(writer, config)
+    add_config(writer, config)
+    _add_tokens(writer, config.vocab_size)
     names = get_tensor_name_map(arch, config.num_hidden_layers)
     tensors: list[tuple[NDArray[np.generic], tuple[int, ...]]] = []
     read = 0
@@ -79,18 +75,8 @@ def _gguf_name(name: str, known: str | None) -> str:
     return f"blk.{layer}.{_SUB_NORMS[part]}"
 
 
-def _add_config(writer: GGUFWriter, config: ModelConfig) -> None:
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+def _add_tokens(writer: GGUFWriter, n: int) -> None:
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
-    writer.add_token_scores([0.0] * config.vocab_size)
-    writer.add_token_types([1] * config.vocab_size)
+    writer.add_token_list([f"<{index}>" for index in range(n)])
+    writer.add_token_scores([0.0] * n)
+    writer.add_token_types([1] * n)

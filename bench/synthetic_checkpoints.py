@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
+from gguf_config import add_config
 from numpy.typing import NDArray
 
 from tmac_py.config import ModelConfig
@@ -179,14 +180,7 @@ def _write_repeated(file: BinaryIO, tile: NDArray[Any], nbytes: int) -> None:
 
 def _write_gguf(kind: str, config: ModelConfig, path: Path) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
+    add_config(writer, config)
     type_of = gguf.GGMLQuantizationType[kind]
     block, nbytes = gguf.GGML_QUANT_SIZES[type_of]
     rng = np.random.default_rng(0)

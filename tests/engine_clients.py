@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
@@ -12,6 +15,21 @@ from tmac_py.model import Model
 from tmac_py.sampling import Sampler, SamplingParams
 from tmac_py.server.engine import Engine
 from tmac_py.server.jobs import Job, Request, Step
+
+N_CTX = 400
+
+
+@contextmanager
+def tiny_engine_model(folder: Path) -> Iterator[Model]:
+    """A model of `N_CTX` positions that can embed, and whose head has no favourite."""
+    path = tiny.write_tiny_model(
+        folder / "tiny.lut",
+        max_position_embeddings=N_CTX,
+        special=("embed",),
+        quantize=tiny.flat_head,
+    )
+    with Model.load(path, threads=1) as model:
+        yield model
 
 
 def prompt(seed: int, n: int) -> np.ndarray:

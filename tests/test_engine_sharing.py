@@ -9,22 +9,16 @@ import numpy as np
 import pytest
 
 import tiny_model as tiny
-from engine_clients import Client, alone, drive, prompt, request
+from engine_clients import N_CTX, Client, alone, drive, prompt, request, tiny_engine_model
 from tmac_py.errors import ContextError, OptionError, TmacError
 from tmac_py.model import Model
 from tmac_py.server.engine import Engine
 from tmac_py.server.jobs import BusyError, CancelledError
 
-N_CTX = 400
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    path = tmp_path_factory.mktemp("engine") / "tiny.lut"
-    tiny.write_tiny_model(
-        path, max_position_embeddings=N_CTX, special=("embed",), quantize=tiny.flat_head
-    )
-    with Model.load(path, threads=1) as model:
+    with tiny_engine_model(tmp_path_factory.mktemp("engine")) as model:
         yield model
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from test_gguf_families import NAMES, gguf_name
-from tiny_checkpoints import encode_i2_s, set_type, write_gguf, write_hf
+from tiny_checkpoints import encode_i2_s, gguf_name, set_type, write_gguf, write_hf
 from tmac_py import Model
 from tmac_py.config import ModelConfig
 from tmac_py.converters import convert, open_checkpoint
@@ -19,8 +18,6 @@ from tmac_py.converters.bitnet import exact_ternary
 from tmac_py.converters.checkpoint import HEADS
 from tmac_py.errors import TmacError
 from tmac_py.quant import QuantTensor
-
-SUB_NORMS = {"self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"}
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 256,
@@ -51,12 +48,11 @@ def both(tmp_path: Path, name: str, kind: str) -> tuple[Path, Path]:
     values = {**CONFIG, **FORMS[name]}
     config = ModelConfig.from_hf(values)
     rng = np.random.default_rng(0)
-    names = {**NAMES, **SUB_NORMS}
     folder: dict[str, NDArray[np.float32]] = {}
     tensors: dict[str, tuple[NDArray[Any], str]] = {}
     shapes, flat = {}, []
     for i, (tensor, shape) in enumerate(config.tensor_shapes().items()):
-        theirs = gguf_name(tensor, names)
+        theirs = gguf_name(tensor)
         if len(shape) == 1 or tensor in HEADS:
             folder[tensor] = rng.normal(1, 0.2, shape).astype(np.float16).astype(np.float32)
             tensors[theirs] = (folder[tensor], "F32")
@@ -72,16 +68,7 @@ def both(tmp_path: Path, name: str, kind: str) -> tuple[Path, Path]:
         else:
             stored = gguf.GGMLQuantizationType[kind]
             tensors[theirs] = (gguf.quants.quantize(folder[tensor] * scale, stored), kind)
-    metadata: dict[str, Any] = {
-        f"{name}.embedding_length": config.hidden_size,
-        f"{name}.feed_forward_length": config.intermediate_size,
-        f"{name}.block_count": config.num_hidden_layers,
-        f"{name}.attention.head_count": config.num_attention_heads,
-        f"{name}.attention.head_count_kv": config.num_key_value_heads,
-        f"{name}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        f"{name}.context_length": config.max_position_embeddings,
-        f"{name}.rope.freq_base": config.rope_theta,
-        f"{name}.rope.dimension_count": config.head_dim,
+    metadata = {
         f"{name}.rope.scaling.type": "linear",
         f"{name}.rope.scaling.factor": 1.0,
         f"{name}.vocab_size": config.vocab_size,

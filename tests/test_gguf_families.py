@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tiny_checkpoints import interleave, write_gguf, write_hf
+from tiny_checkpoints import gguf_name, interleave, write_gguf, write_hf
 from tmac_py import Model
 from tmac_py.config import ModelConfig
 from tmac_py.converters import convert, open_checkpoint
@@ -26,25 +26,6 @@ GEMMA = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
 FUSED = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
 LONG, SHORT = ([1.5 + i / 8, 2.5, 3.0, 4.25] for i in (0, 4))
 ROPE = {"rope_factors_long.weight": LONG, "rope_factors_short.weight": SHORT}
@@ -64,14 +45,6 @@ def fused(weights: Weights, config: ModelConfig) -> Weights:
     return result
 
 
-def gguf_name(name: str, names: dict[str, str]) -> str:
-    stem, _, kind = name.rpartition(".")
-    if not stem.startswith("model.layers."):
-        return f"{names[stem]}.{kind}"
-    _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{names[part]}.{kind}"
-
-
 def write(
     path: Path,
     name: str,
@@ -82,10 +55,10 @@ def write(
     **extra: Any,
 ) -> Path:
     """The model as llama.cpp's converter writes it; experts in a type of their own."""
-    names = {**NAMES, **(GEMMA if config.out_norms else {})}
+    names = GEMMA if config.out_norms else {}
     if name == "phi3":
         weights = fused(weights, config)
-        names |= FUSED
+        names = FUSED
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tensors = {}
     for tensor, w in weights.items():
@@ -104,22 +77,14 @@ def write(
             each = [weights[f"{prefix}{i}.{part}_proj.weight"] for i in range(config.num_experts)]
             stacked = gguf.quants.quantize(np.stack(each), gguf.GGMLQuantizationType[experts])
             tensors[f"blk.{layer}.ffn_{part}_exps.weight"] = (stacked, experts)
-    metadata: dict[str, Any] = {
-        f"{name}.embedding_length": config.hidden_size,
-        f"{name}.feed_forward_length": config.intermediate_size,
-        f"{name}.block_count": config.num_hidden_layers,
-        f"{name}.attention.head_count": config.num_attention_heads,
-        f"{name}.attention.head_count_kv": config.num_key_value_heads,
-        f"{name}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        f"{name}.attention.key_length": config.head_dim,
-        f"{name}.attention.value_length": config.head_dim,
-        f"{name}.context_length": config.max_position_embeddings,
-        f"{name}.rope.freq_base": config.rope_theta,
-        **{f"{name}.{key}": value for key, value in extra.items()},
+    keys = {
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.dimension_count": None,
+        **extra,
     }
-    none = {f"llama.{key.partition('.')[2]}": None for key in metadata}
-    none["llama.rope.dimension_count"] = None
-    return write_gguf(path, config, tensors, {**none, **metadata}, architecture=name)
+    metadata = {f"{name}.{key}": value for key, value in keys.items()}
+    return write_gguf(path, config, tensors, metadata, architecture=name)
 
 
 SIZES: dict[str, Any] = {

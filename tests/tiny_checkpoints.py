@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,15 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.attn_sub_norm": "attn_sub_norm",
     "post_attention_layernorm": "ffn_norm",
+    "mlp.gate": "ffn_gate_inp",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.ffn_sub_norm": "ffn_sub_norm",
 }
 
 HALVES = {
@@ -81,13 +87,14 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, NDArray[np.f
     }
 
 
-def gguf_name(name: str) -> str:
-    """``model.layers.0.mlp.up_proj.weight`` -> ``blk.0.ffn_up.weight``."""
-    stem = name.removesuffix(".weight")
+def gguf_name(name: str, other: Mapping[str, str] | None = None) -> str:
+    """``model.layers.0.mlp.up_proj.weight`` -> ``blk.0.ffn_up.weight``; ``other`` goes first."""
+    names = {**GGUF_NAMES, **(other or {})}
+    stem, _, kind = name.rpartition(".")
     if stem.startswith("model.layers."):
         _, _, layer, part = stem.split(".", 3)
-        return f"blk.{layer}.{GGUF_NAMES[part]}.weight"
-    return GGUF_NAMES[stem] + ".weight"
+        return f"blk.{layer}.{names[part]}.{kind}"
+    return f"{names[stem]}.{kind}"
 
 
 def interleave(w: NDArray[Any], heads: int) -> NDArray[Any]:
@@ -162,18 +169,18 @@ def write_gguf(
     ``shapes`` are for tensors whose bytes do not tell them.
     """
     writer = gguf.GGUFWriter(path, architecture)
-    values: dict[str, Any] = {
-        "llama.embedding_length": config.hidden_size,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.block_count": config.num_hidden_layers,
-        "llama.attention.head_count": config.num_attention_heads,
-        "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "llama.context_length": config.max_position_embeddings,
-        "llama.rope.dimension_count": config.head_dim,
-        "llama.rope.freq_base": config.rope_theta,
-        **(metadata or {}),
+    sizes = {
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "block_count": config.num_hidden_layers,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "context_length": config.max_position_embeddings,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": config.rope_theta,
     }
+    values = {f"{architecture}.{key}": value for key, value in sizes.items()} | (metadata or {})
     for key, value in values.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -63,6 +64,19 @@ def send(
     text = response.read().decode()
     connection.close()
     return response.status, text
+
+
+@contextmanager
+def unread(port: int, path: str, body: object) -> Iterator[None]:
+    """A client that sends a request, reads no answer and goes away at the end."""
+    data = json.dumps(body).encode()
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
+            "Content-Type: application/json\r\n\r\n".encode()
+            + data
+        )
+        yield
 
 
 def metric(port: int, name: str) -> float:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 
-from serving import NO_END, chat_answer, metric, openai_client, running, send, stalled, wait_for
+from serving import (
+    NO_END,
+    chat_answer,
+    metric,
+    openai_client,
+    running,
+    send,
+    stalled,
+    unread,
+    wait_for,
+)
 from tmac_py.model import Model
 from tmac_py.server.openai_requests import RequestReader
 
@@ -67,16 +76,10 @@ def test_a_client_that_goes_away_frees_its_slot(lut: Path) -> None:
     body = {"prompt": "x", "max_tokens": 1400, **NO_END}
     with running(lut, "--parallel", "1") as (_, port), openai_client(port) as client:
         for n, stream in enumerate((True, False, True), start=1):
-            data = json.dumps({**body, "stream": stream}).encode()
-            request = (
-                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
-                b"Content-Type: application/json\r\n\r\n" % len(data)
-            )
-            with socket.create_connection(("127.0.0.1", port)) as gone:
-                gone.sendall(request + data)
+            streamed = {**body, "stream": stream}
+            with unread(port, "/v1/completions", streamed):
                 wait_for(lambda: metric(port, "requests_processing") == 1)
-                with socket.create_connection(("127.0.0.1", port)) as queued:
-                    queued.sendall(request + data)
+                with unread(port, "/v1/completions", streamed):
                     wait_for(lambda: metric(port, "requests_deferred") == 1)
                 wait_for(lambda: metric(port, "requests_deferred") == 0)
                 assert metric(port, "requests_processing") == 1, "it must not be done by itself"
@@ -88,12 +91,7 @@ def test_a_client_that_goes_away_frees_its_slot(lut: Path) -> None:
 
 def test_a_client_that_goes_away_while_its_prompt_is_computed(model: Model) -> None:
     with stalled(model, timeout=60) as (engine, port):
-        data = json.dumps({"prompt": [5] * 1000}).encode()
-        with socket.create_connection(("127.0.0.1", port)) as gone:
-            gone.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
-                b"Content-Type: application/json\r\n\r\n%b" % (len(data), data)
-            )
+        with unread(port, "/v1/completions", {"prompt": [5] * 1000}):
             wait_for(lambda: engine.n_waiting == 1)
             engine.step()
             [job] = [slot.job for slot in engine._slots]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
 from pathlib import Path
 
 import numpy as np
 import openai
 import pytest
 
-from serving import metric, openai_client, running, send, stalled, wait_for
+from serving import metric, openai_client, running, send, stalled, unread, wait_for
 from tmac_py.model import Model
 
 TEXTS = ["the cat", "a story of rain " * 9, "x"]
@@ -72,12 +71,7 @@ def test_what_cannot_be_embedded_is_one_line(port: int, body: dict, text: str) -
 
 def test_a_client_that_goes_away_gets_no_embedding(model: Model) -> None:
     with stalled(model, timeout=60) as (engine, port):
-        data = json.dumps({"input": [5] * 1000}).encode()
-        with socket.create_connection(("127.0.0.1", port)) as gone:
-            gone.sendall(
-                b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
-                b"Content-Type: application/json\r\n\r\n%b" % (len(data), data)
-            )
+        with unread(port, "/v1/embeddings", {"input": [5] * 1000}):
             wait_for(lambda: engine.n_waiting == 1)
             engine.step()
             assert engine.n_waiting == 1
