@@ -15,12 +15,13 @@ set(TMAC_OTHER_ISAS "")
 
 # The kernels are written in the order in which they should run: GCC must neither collect all sums at
 # the end of an unrolled loop nor move loads to its top, where they need more registers than there are.
-# GCC 12 takes the undefined pass-through operands in its own intrinsics for mistakes.
+# GCC 12 takes the undefined pass-through operands in its own intrinsics for mistakes. Where it folds
+# equal functions into one, that of a longer array of sums gets the bounds of a shorter one.
 set(TMAC_GNU_FLAGS "")
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   set(TMAC_GNU_FLAGS -fno-tree-reassoc -fno-tree-ter -Wno-uninitialized -Wno-maybe-uninitialized)
   if(TMAC_ARCHITECTURE STREQUAL "aarch64")
-    list(APPEND TMAC_GNU_FLAGS -fno-schedule-insns)
+    list(APPEND TMAC_GNU_FLAGS -fno-schedule-insns -fno-ipa-icf)
   endif()
 endif()
 
