@@ -3,7 +3,7 @@
     python bench/serving.py MODEL.lut -t 2 --clients 8 --pairs 5
 
 Starts ``tmac serve`` and streams answers of a fixed length: one client, then several at once, in
-turns. The clients share the cores with the server, so they read in one thread, and look at what came
+turns. The clients share the cores with the server: they read in one thread, and look at what came
 only at the end. Prints tokens per second of all clients, the ratio of the medians, and which share
 of the time the server did not spend in passes over the weights (``Model.forward_batch``).
 """
