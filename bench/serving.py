@@ -3,8 +3,9 @@
     python bench/serving.py MODEL.lut -t 2 --clients 8 --pairs 5
 
 Starts ``tmac serve`` and streams answers of a fixed length: one client, then several at once, in
-turns. Prints tokens per second of all clients, the ratio of the medians, and which share of the
-time the server did not spend in passes over the weights (``Model.forward_batch``).
+turns. The clients share the cores with the server: they read in one thread, and look at what came
+only at the end. Prints tokens per second of all clients, the ratio of the medians, and which share
+of the time the server did not spend in passes over the weights (``Model.forward_batch``).
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import http.client
 import json
 import os
 import re
+import selectors
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,20 +64,42 @@ def running_server(model: Path, options: list[str]) -> Iterator[int]:
             process.terminate()
 
 
-def ask(port: int, body: dict[str, object]) -> int:
-    """Stream one answer; the number of its tokens."""
-    connection = http.client.HTTPConnection(HOST, port)
-    headers = {"Content-Type": "application/json"}
-    connection.request("POST", "/v1/completions", json.dumps(body), headers)
-    response = connection.getresponse()
-    if response.status != 200:
-        raise SystemExit(response.read().decode())
-    usage = b""
-    for line in response:
-        if b'"usage":{' in line:
-            usage = line
-    connection.close()
-    return int(json.loads(usage.removeprefix(b"data: "))["usage"]["completion_tokens"])
+def connect(port: int, body: dict[str, object]) -> socket.socket:
+    """A client that has sent its request."""
+    data = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    client = socket.create_connection((HOST, port))
+    client.sendall(head.encode() + data)
+    return client
+
+
+def ask(port: int, bodies: Sequence[dict[str, object]]) -> int:
+    """Stream an answer to each client, all at once; the number of tokens of all together.
+
+    Clients read what arrives and no more, in one thread: they share the cores with the server, and
+    what they take of them is missing there.
+    """
+    tokens = 0
+    with selectors.DefaultSelector() as selector:
+        for body in bodies:
+            selector.register(connect(port, body), selectors.EVENT_READ, bytearray())
+        while selector.get_map():
+            for key, _ in selector.select():
+                client, received = key.fileobj, key.data
+                assert isinstance(client, socket.socket)
+                if data := client.recv(1 << 16):
+                    received += data
+                    continue
+                selector.unregister(client)
+                client.close()
+                found = re.search(rb'"completion_tokens":(\d+)', received)
+                if found is None:
+                    raise SystemExit(received.decode(errors="replace"))
+                tokens += int(found[1])
+    return tokens
 
 
 def core_seconds(port: int) -> float:
@@ -105,8 +129,7 @@ def run(port: int, clients: int, n: int, forbidden: tuple[int, ...]) -> Sample:
     ]
     before = core_seconds(port)
     started = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        tokens = sum(pool.map(lambda body: ask(port, body), bodies))
+    tokens = ask(port, bodies)
     seconds = time.perf_counter() - started
     return Sample(tokens, seconds, core_seconds(port) - before)
 

@@ -1,5 +1,7 @@
 #include "model/sampler.h"
 
+#include <algorithm>
+
 #include "bindings/linear.h"
 
 namespace tmac {
@@ -13,6 +15,36 @@ const float* logits_data(const py::array& logits) {
     return static_cast<const float*>(logits.data());
   }
   return array_data<float>(logits, "logits", {logits.size()}, "float32");
+}
+
+// Tokens as (id, log probability), errors as their texts.
+py::list choose_each(const py::list& rows, ThreadPool& pool) {
+  std::vector<py::tuple> held;  // what is in use must live on, whatever becomes of the list
+  std::vector<SampledRow> sampled;
+  for (const py::handle& item : rows) {
+    held.push_back(item.cast<py::tuple>());
+    check_argument(held.back().size() == 3, "a row must be (sampler, logits, recent)");
+    auto* sampler = held.back()[0].cast<Sampler*>();
+    const auto same = [&](const SampledRow& row) { return row.sampler == sampler; };
+    check_argument(std::none_of(sampled.begin(), sampled.end(), same),
+                   "two rows must not have the same sampler");
+    const auto logits = held.back()[1].cast<py::array>();
+    sampled.push_back(
+        {sampler, logits_data(logits), logits.size(), held.back()[2].cast<std::vector<int32_t>>()});
+  }
+  {
+    py::gil_scoped_release release;
+    sample_rows(&sampled, pool);
+  }
+  py::list results;
+  for (const SampledRow& row : sampled) {
+    if (row.error.empty()) {
+      results.append(py::make_tuple(row.token.id, row.token.logprob));
+    } else {
+      results.append(row.error);
+    }
+  }
+  return results;
 }
 
 template <typename T>
@@ -69,6 +101,9 @@ void bind_sampler(py::module_& module) {
           "shares"_a, "A random index, by shares of any sum above 0.")
       .def("uniform", &Sampler::uniform, "A random number in [0, 1).");
 
+  module.def("sample_rows", &choose_each, "rows"_a, "pool"_a,
+             "The same for several rows (sampler, logits, recent), shared out among threads: each "
+             "(id, log probability), or the text of its error.");
   module.def(
       "log_probability",
       [](const py::array& logits, int64_t id) {

@@ -47,11 +47,32 @@ inline KvRun values_from(const KvShape& shape, const KvHead& head, int64_t near,
   return {shape, shape.values, head.values, head.value_ranges, head.near_values, pos >= near, pos};
 }
 
+// How many bytes ahead of what is read cache lines are asked for: the next block into the
+// second-level cache, what follows soon from there into the first. 0 where there is no next block.
+struct Reach {
+  static constexpr int64_t kNearBytes = 2048;
+  int64_t far, near;
+
+  Reach(const KvRun& run, bool goes_on)
+      : far(goes_on ? kAttendBlock * run.vector_bytes : 0),
+        near(far < kNearBytes ? far : kNearBytes) {}
+  // Asks for what follows piece `index`, of kBytes bytes, at `from`.
+  template <typename S, int64_t kBytes>
+  void fetch(const uint8_t* from, int64_t index) const {
+    constexpr int64_t kLine = 64, kPieces = kBytes < kLine ? kLine / kBytes : 1;
+    if (index % kPieces != 0) return;
+    for (int64_t i = 0; i < kBytes; i += kLine) {
+      S::prefetch(from + far + index * kBytes + i);
+      S::prefetch_near(from + near + index * kBytes + i);
+    }
+  }
+};
+
 // scores[query][0..16) = products of kQueries queries with the keys of one block of 16 positions,
 // whose ranges begin at `ranges`. Scores of a query are kAttendBlock apart.
 template <typename S, typename Kv, int kQueries>
 inline void score_block(const KvShape& shape, const uint8_t* keys, const uint16_t* ranges,
-                        int64_t capacity, const float* q, float* scores) {
+                        int64_t capacity, const Reach& reach, const float* q, float* scores) {
   using F = typename S::F;
   const int64_t stride = shape.query_floats();
   for (int64_t lane = 0; lane < kKeyBlock; lane += S::kFloats) {
@@ -66,6 +87,9 @@ inline void score_block(const KvShape& shape, const uint8_t* keys, const uint16_
       for (int64_t i = 0; i < kKvGroup; i += 4) {
         F key[4];
         Kv::template keys<S>(keys, group * kKvGroup + i, lane, key);
+        if (lane == 0) {
+          reach.fetch<S, 4 * kKeyBlock * Kv::kBits / 8>(keys, (group * kKvGroup + i) / 4);
+        }
         for (int n = 0; n < kQueries; ++n) {
           for (int j = 0; j < 4; ++j) {
             sums[n][j] = S::fma(S::set(at[n * stride + i + j]), key[j], sums[n][j]);
@@ -88,27 +112,46 @@ inline void score_block(const KvShape& shape, const uint8_t* keys, const uint16_
   }
 }
 
-// values[query] += weights[query][t] * group `group` of value t, t in [from, to). `values` begin at
-// the block; rows of weights are kAttendBlock apart, those of sums `stride`.
-template <typename S, typename Kv, int kQueries>
-inline void weigh_values(const KvRun& values, int64_t group, const float* weights, int64_t from,
-                         int64_t to, float* sums, int64_t stride) {
+// Weights of a block by which values of some groups are multiplied: of query n, group g and
+// position t at[g * by_group + n * kAttendBlock + t].
+struct GroupWeights {
+  const float* at;
+  int64_t by_group;  // 0: the same for all groups
+};
+
+// sums[query] += weights[query][t] * groups [group, group + kGroups) of value t, t in [from, to).
+// `values` begin at the block; sums of queries are `stride` apart.
+template <typename S, typename Kv, int kQueries, int kGroups>
+inline void weigh_values(const KvRun& values, const Reach& reach, int64_t group,
+                         const GroupWeights& weights, int64_t from, int64_t to, float* sums,
+                         int64_t stride) {
   using F = typename S::F;
   constexpr int kVectors = kKvGroup / S::kFloats;
-  F acc[kQueries][kVectors];
+  F acc[kQueries][kGroups * kVectors];
   for (int n = 0; n < kQueries; ++n) {
-    for (int i = 0; i < kVectors; ++i) acc[n][i] = S::load_f(sums + n * stride + i * S::kFloats);
+    for (int i = 0; i < kGroups * kVectors; ++i) {
+      acc[n][i] = S::load_f(sums + n * stride + i * S::kFloats);
+    }
   }
   for (int64_t t = from; t < to; ++t) {
-    F value[kVectors];
-    Kv::template values<S>(values.data + t * values.vector_bytes, group, value);
-    for (int n = 0; n < kQueries; ++n) {
-      const F weight = S::set(weights[n * kAttendBlock + t]);
-      for (int i = 0; i < kVectors; ++i) acc[n][i] = S::fma(weight, value[i], acc[n][i]);
+    const uint8_t* row = values.data + t * values.vector_bytes;
+    for (int g = 0; g < kGroups; ++g) {
+      F value[kVectors];
+      Kv::template values<S>(row, group + g, value);
+      reach.fetch<S, kKvGroup * Kv::kBits / 8>(row, group + g);
+      for (int n = 0; n < kQueries; ++n) {
+        const F weight = S::set(weights.at[g * weights.by_group + n * kAttendBlock + t]);
+        for (int i = 0; i < kVectors; ++i) {
+          F& sum = acc[n][g * kVectors + i];
+          sum = S::fma(weight, value[i], sum);
+        }
+      }
     }
   }
   for (int n = 0; n < kQueries; ++n) {
-    for (int i = 0; i < kVectors; ++i) S::store_f(sums + n * stride + i * S::kFloats, acc[n][i]);
+    for (int i = 0; i < kGroups * kVectors; ++i) {
+      S::store_f(sums + n * stride + i * S::kFloats, acc[n][i]);
+    }
   }
 }
 
@@ -166,16 +209,16 @@ inline void weigh_scores(const AttendQueries& queries, const Span& span, int64_t
   }
 }
 
-// Adds one group of the values of a block to the states, weighted. Positions that all the queries
-// attend to are read once for all of them.
-template <typename S, typename Kv, int kQueries>
-inline void add_group(const KvRun& values, int64_t group, const Span (&spans)[kQueries],
-                      const float* weights, float* states, int64_t stride) {
-  float* sums = states + kStateHead + group * kKvGroup;
+// Adds some groups of the values of a block to the sums of the queries, weighted. Positions that
+// all the queries attend to are read once for all of them.
+template <typename S, typename Kv, int kQueries, int kGroups>
+inline void add_groups(const KvRun& values, const Reach& reach, int64_t group,
+                       const Span (&spans)[kQueries], const GroupWeights& weights, float* sums,
+                       int64_t stride) {
   const auto one = [&](int n, int64_t from, int64_t to) {
     if (from >= to) return;
-    weigh_values<S, Kv, 1>(values, group, weights + n * kAttendBlock, from, to, sums + n * stride,
-                           stride);
+    const GroupWeights its{weights.at + n * kAttendBlock, weights.by_group};
+    weigh_values<S, Kv, 1, kGroups>(values, reach, group, its, from, to, sums + n * stride, stride);
   };
   Span common = spans[0];
   for (const Span& span : spans) {
@@ -187,7 +230,8 @@ inline void add_group(const KvRun& values, int64_t group, const Span (&spans)[kQ
     return;
   }
   for (int n = 0; n < kQueries; ++n) one(n, spans[n].from, common.from);
-  weigh_values<S, Kv, kQueries>(values, group, weights, common.from, common.to, sums, stride);
+  weigh_values<S, Kv, kQueries, kGroups>(values, reach, group, weights, common.from, common.to,
+                                         sums, stride);
   for (int n = 0; n < kQueries; ++n) one(n, common.to, spans[n].to);
 }
 
@@ -211,34 +255,33 @@ inline void scale_weights(const uint16_t* ranges, int64_t capacity, const Span& 
   times(ranges);
 }
 
-template <typename S, typename Kv, int kQueries>
-inline void add_values(const KvShape& shape, const KvRun& values, int64_t capacity,
-                       const Span (&spans)[kQueries], const float* weights, float* states) {
+// Groups from `group` on, as many together as have their sums in registers, at most kGroups.
+template <typename S, typename Kv, int kQueries, int kGroups>
+inline void add_values(const KvShape& shape, const KvRun& values, const Reach& reach,
+                       int64_t capacity, const Span (&spans)[kQueries], const float* weights,
+                       float* states, int64_t group = 0) {
   const int64_t stride = shape.state_floats();
-  for (int64_t group = 0; group < shape.groups(); ++group) {
+  for (; group + kGroups <= shape.groups(); group += kGroups) {
+    float* sums = states + kStateHead + group * kKvGroup;
     if constexpr (!Kv::kScaled) {
-      add_group<S, Kv, kQueries>(values, group, spans, weights, states, stride);
+      add_groups<S, Kv, kQueries, kGroups>(values, reach, group, spans, {weights, 0}, sums, stride);
     } else {
-      float scaled[kQueries * kAttendBlock];
-      for (int n = 0; n < kQueries; ++n) {
-        scale_weights<S>(values.ranges + 2 * group * capacity, capacity, spans[n],
-                         weights + n * kAttendBlock, scaled + n * kAttendBlock,
-                         states + n * stride + kStateHead + group * kKvGroup);
+      float scaled[kGroups][kQueries * kAttendBlock];
+      for (int g = 0; g < kGroups; ++g) {
+        for (int n = 0; n < kQueries; ++n) {
+          scale_weights<S>(values.ranges + 2 * (group + g) * capacity, capacity, spans[n],
+                           weights + n * kAttendBlock, scaled[g] + n * kAttendBlock,
+                           sums + n * stride + g * kKvGroup);
+        }
       }
-      add_group<S, Kv, kQueries>(values, group, spans, scaled, states, stride);
+      add_groups<S, Kv, kQueries, kGroups>(values, reach, group, spans,
+                                           {scaled[0], kQueries * kAttendBlock}, sums, stride);
     }
   }
-}
-
-// Asks for the keys and values of 16 positions: blocks of both take turns, so that what the
-// processor foresees by itself ends with each.
-template <typename S>
-inline void prefetch_positions(const KvRun& keys, const KvRun& values) {
-  const auto lines = [](const KvRun& run) {
-    for (int64_t i = 0; i < kKeyBlock * run.vector_bytes; i += 64) S::prefetch(run.data + i);
-  };
-  lines(keys);
-  lines(values);
+  if constexpr (kGroups > 1) {
+    add_values<S, Kv, kQueries, kGroups / 2>(shape, values, reach, capacity, spans, weights, states,
+                                             group);
+  }
 }
 
 // Queries [at, at + kQueries) over the block of positions [begin, end).
@@ -255,17 +298,14 @@ inline void attend_block(const KvShape& shape, const KvHead& head, const AttendQ
   }
   if (all.empty()) return;
   float weights[kQueries * kAttendBlock];
+  const bool goes_on = at == 0 && begin + kAttendBlock < queries.end[queries.count - 1];
   const KvRun keys = keys_from(shape, head, queries.near, begin);
+  const Reach reach(keys, goes_on);
   with_format(keys.type, [&](auto format) {
     using Kv = decltype(format);
     for (int64_t t = all.from / kKeyBlock * kKeyBlock; t < all.to; t += kKeyBlock) {
-      const int64_t next = begin + t + kAttendBlock;
-      if (at == 0 && next < queries.end[queries.count - 1]) {
-        prefetch_positions<S>(keys_from(shape, head, queries.near, next),
-                              values_from(shape, head, queries.near, next));
-      }
       score_block<S, Kv, kQueries>(shape, keys.data + t * keys.vector_bytes,
-                                   Kv::kScaled ? keys.ranges + t : nullptr, head.capacity,
+                                   Kv::kScaled ? keys.ranges + t : nullptr, head.capacity, reach,
                                    queries.q + at * shape.query_floats(), weights + t);
     }
   });
@@ -277,8 +317,10 @@ inline void attend_block(const KvShape& shape, const KvHead& head, const AttendQ
   }
   const KvRun values = values_from(shape, head, queries.near, begin);
   with_format(values.type, [&](auto format) {
-    add_values<S, decltype(format), kQueries>(shape, values, head.capacity, spans, weights,
-                                              first_state);
+    constexpr int kFit = S::kAccumulators * S::kFloats / (kQueries * kKvGroup);
+    constexpr int kGroups = kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
+    add_values<S, decltype(format), kQueries, kGroups>(shape, values, Reach(values, goes_on),
+                                                       head.capacity, spans, weights, first_state);
   });
 }
 

@@ -4,6 +4,7 @@
 // out[i] = dimension d + i of the keys of S::kFloats positions from `lane` on, d a multiple of 4;
 // `keys` begin at the block. Values: out = a whole group of the vector that begins at `values`.
 struct HalfKv {
+  static constexpr int kBits = 16;
   static constexpr bool kScaled = false;
   template <typename S>
   static void keys(const uint8_t* keys, int64_t d, int64_t lane, typename S::F (&out)[4]) {
@@ -19,6 +20,7 @@ struct HalfKv {
 };
 
 struct Int8Kv {
+  static constexpr int kBits = 8;
   static constexpr bool kScaled = true;
   static constexpr float kMost = 255;
   static constexpr bool kSearched = false;
@@ -38,6 +40,7 @@ struct Int8Kv {
 };
 
 struct Int4Kv {
+  static constexpr int kBits = 4;
   static constexpr bool kScaled = true;
   static constexpr float kMost = 15;
   static constexpr bool kSearched = true;

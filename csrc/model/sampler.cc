@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 #include <limits>
 
 #include "core/check.h"
@@ -189,6 +190,25 @@ void Sampler::weigh(double temperature) {
     weights_[i] = (candidates_[i].score() - largest) / temperature;
   }
   exponentiate(weights_.data(), static_cast<int64_t>(weights_.size()));
+}
+
+void sample_rows(std::vector<SampledRow>* rows, ThreadPool& pool) {
+  const auto choose = [rows](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      SampledRow& row = (*rows)[static_cast<size_t>(i)];
+      try {
+        row.token = row.sampler->sample(row.logits, row.n, row.recent);
+      } catch (const std::exception& error) {
+        row.error = error.what();
+      }
+    }
+  };
+  const auto n = static_cast<int64_t>(rows->size());
+  if (n <= 1) {
+    choose(0, n);
+  } else {
+    pool.run([&](Team& team) { team.parallel_for(n, choose); });
+  }
 }
 
 double log_probability(const float* logits, int64_t n, int64_t id) {

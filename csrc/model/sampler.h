@@ -2,10 +2,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "core/random.h"
+#include "core/thread_pool.h"
 #include "ops/score_index.h"
 
 namespace tmac {
@@ -70,6 +72,20 @@ class Sampler {
   std::vector<Ranked> candidates_;
   std::vector<double> weights_;  // of the candidates
 };
+
+// The logits of one sequence, which `sampler` chooses from, and what came of it: a token, or else
+// the text of the error.
+struct SampledRow {
+  Sampler* sampler;  // of this row alone
+  const float* logits;
+  int64_t n;
+  std::vector<int32_t> recent;
+  TokenLogprob token{};
+  std::string error{};
+};
+
+// Chooses a token for each row, as `sample` does; the rows are shared out among the threads.
+void sample_rows(std::vector<SampledRow>* rows, ThreadPool& pool);
 
 // The log probability of one token, and the k most likely ones with theirs, largest first.
 double log_probability(const float* logits, int64_t n, int64_t id);

@@ -77,7 +77,9 @@ def check_ids(ids: ArrayLike, vocab_size: int) -> NDArray[np.int32]:
         raise OptionError("token ids must be a sequence of integers")
     if not array.size:
         raise OptionError("the prompt has no tokens")
-    low, high = int(array.min()), int(array.max())
+    low = high = int(array[0])
+    if array.size > 1:  # a token of an answer comes alone
+        low, high = int(array.min()), int(array.max())
     if low < 0 or high >= vocab_size:
         outside = low if low < 0 else high
         raise OptionError(f"token id {outside} is outside the vocabulary of {vocab_size}")

@@ -17,6 +17,8 @@ from tmac_py.tool_calls import ToolCall, ToolCallFinder
 LEAST_LOGPROB = -9999.0
 """Not every token is possible: JSON has no -Infinity, and OpenAI writes this for it."""
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReplyShape:
@@ -60,6 +62,7 @@ class Reply:
         prefix = "chatcmpl" if asked.chat else "cmpl"
         self._id = f"{prefix}-{os.urandom(12).hex()}"
         self._choices = [_Choice(i, asked, tokenizer) for i in range(n_prompts * asked.n)]
+        self._frames: list[tuple[bytes, bytes] | None] = [None] * len(self._choices)
         self._ended: dict[int, Timings] = {}
 
     def whole(self, *answers: Sequence[Step], n_discarded: int = 0) -> dict[str, Any]:
@@ -87,6 +90,27 @@ class Reply:
                 ended = [self._ended[i] for i in range(len(self._choices))]
                 chunks.append({**self._chunk([]), "usage": usage(*ended, n=self._asked.n)})
         return chunks
+
+    def events(self, step: Step, index: int = 0) -> bytes:
+        """What :meth:`chunks` gives as server-sent events.
+
+        Most chunks differ in nothing but the text: the rest of them is made once for each answer.
+        """
+        asked, token = self._asked, step.token
+        if asked.logprobs or asked.tools or token.finish_reason is not None:
+            return b"".join(map(event, self.chunks(step, index)))
+        if not token.text:
+            return b""
+        before, after = self._frames[index] or self._make_frame(index)
+        return before + to_json(token.text) + after
+
+    def _make_frame(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and after the text in an event of that answer."""
+        mark = os.urandom(16).hex()
+        choice = self._choices[index].plain(mark)
+        before, _, after = event(self._chunk([choice])).partition(to_json(mark))
+        self._frames[index] = before, after
+        return before, after
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = self._frame(
@@ -145,15 +169,13 @@ class _Choice:
         token, steps = step.token, (step,)
         ended = token.finish_reason is not None
         contents: list[dict[str, Any]]
-        if not self._asked.chat:
-            contents = [{"text": token.text}] if token.text else []
-        elif self._finder is None:
-            contents = [{"delta": {"content": token.text}}] if token.text else []
+        if self._finder is None:
+            contents = [self._content(token.text)] if token.text else []
         else:
             found = self._finder.push(token.text) + (self._finder.flush() if ended else [])
             contents = [{"delta": self._delta(part)} for part in found]
         if self._asked.logprobs and not contents:
-            contents = [{"delta": {"content": ""}} if self._asked.chat else {"text": ""}]
+            contents = [self._content("")]
         choices = [
             self._choice(content, () if i else steps, None) for i, content in enumerate(contents)
         ]
@@ -161,6 +183,13 @@ class _Choice:
             end: dict[str, Any] = {"delta": {}} if self._asked.chat else {"text": ""}
             choices.append(self._choice(end, (), self._reason(token.finish_reason)))
         return choices
+
+    def plain(self, text: str) -> dict[str, Any]:
+        """What a token adds that is nothing but text, before the end of the answer."""
+        return self._choice(self._content(text), (), None)
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}} if self._asked.chat else {"text": text}
 
     def _delta(self, part: str | ToolCall) -> dict[str, Any]:
         if isinstance(part, str):
@@ -250,4 +279,9 @@ def usage(*answers: Timings, n: int = 1, n_discarded: int = 0) -> dict[str, Any]
 
 def event(data: object) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(data) + b"\n\n"
+
+
+def to_json(data: object) -> bytes:
+    """JSON in ASCII, without blanks."""
+    return _ENCODER.encode(data).encode()

@@ -148,6 +148,11 @@ class Sampler:
             increment=divmod(increment, 1 << 64),
         )
 
+    @property
+    def has_processors(self) -> bool:
+        """Whether functions of the caller change the logits first."""
+        return bool(self._processors)
+
     def sample(self, logits: Logits, history: Sequence[int] = ()) -> tuple[int, float]:
         """The next token.
 
@@ -227,6 +232,48 @@ class Sampler:
                 )
             scores = np.ascontiguousarray(array, dtype=np.float32)
         return scores
+
+
+def sample_each(
+    samplers: Sequence[Sampler],
+    rows: Sequence[Logits],
+    histories: Sequence[Sequence[int]],
+    pool: _core.ThreadPool,
+) -> list[tuple[int, float] | Exception]:
+    """The next tokens of several sequences, whose rows the threads of ``pool`` share.
+
+    Args:
+        samplers: of each sequence its own.
+        rows: logits of each, as for :meth:`Sampler.sample`.
+        histories: ids of each so far.
+        pool: the threads.
+
+    Returns:
+        for each sequence what ``sample`` would return, or the exception that it would raise.
+
+    Raises:
+        OptionError: two sequences have the same sampler.
+    """
+    wanted = [
+        (sampler._core, row, sampler._recent(history))
+        for sampler, row, history in zip(samplers, rows, histories, strict=True)
+        if not sampler.has_processors
+    ]
+    try:
+        found = iter(_core.sample_rows(wanted, pool))
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    results: list[tuple[int, float] | Exception] = []
+    for sampler, row, history in zip(samplers, rows, histories, strict=True):
+        if not sampler.has_processors:
+            token = next(found)
+            results.append(TmacError(token) if isinstance(token, str) else token)
+            continue
+        try:
+            results.append(sampler.sample(row, history))
+        except Exception as error:
+            results.append(error)
+    return results
 
 
 def top_logprobs(logits: Logits, n: int) -> list[tuple[int, float]]:

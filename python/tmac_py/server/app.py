@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ from tmac_py.server.jobs import Request
 from tmac_py.server.metrics import CONTENT_TYPE, metrics_text
 from tmac_py.server.openai_embeddings import embedding_list
 from tmac_py.server.openai_requests import Asked, RequestReader
-from tmac_py.server.waiting import Submit, engine_events
+from tmac_py.server.post import Post
+from tmac_py.server.waiting import Submit, T, engine_events
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -82,6 +84,7 @@ class _Server:
             self._model, options.max_tokens, min(MAX_ANSWERS, engine.capacity)
         )
         self._started = int(time())
+        self._post: Post | None = None
 
     def app(self) -> Starlette:
         """All routes, with what stands before them."""
@@ -193,9 +196,7 @@ class _Server:
             pooling=self._options.pooling,
             client=_client(request),
         )
-        async with aclosing(
-            engine_events(self._engine, request, self._options.timeout, [submit])
-        ) as events:
+        async with aclosing(self._events(request, [submit])) as events:
             _, vectors = await anext(events)
         n_tokens = sum(map(len, texts))
         return JSONResponse(
@@ -250,15 +251,22 @@ class _Server:
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
 
+    def _events(
+        self, request: HttpRequest, submits: Sequence[Submit[T]]
+    ) -> AsyncGenerator[tuple[int, T], None]:
+        """What the engine's thread tells of these jobs (:func:`engine_events`)."""
+        loop = asyncio.get_running_loop()
+        if self._post is None or self._post.loop is not loop:
+            self._post = Post(loop)
+        return engine_events(self._engine, self._post, request, self._options.timeout, submits)
+
     async def _steps(
         self, request: HttpRequest, wanted: Sequence[Request]
     ) -> AsyncGenerator[tuple[int, Step], None]:
         """All answers as they come, each step with the number of its answer."""
         submits: list[Submit[Step]] = [partial(self._engine.submit, one) for one in wanted]
         left = len(wanted)
-        async with aclosing(
-            engine_events(self._engine, request, self._options.timeout, submits)
-        ) as events:
+        async with aclosing(self._events(request, submits)) as events:
             async for index, step in events:
                 yield index, step
                 left -= step.token.finish_reason is not None
@@ -271,11 +279,10 @@ async def _server_sent(
 ) -> AsyncIterator[bytes]:
     """Server-sent events of answers; an error on the way is the last one."""
     try:
-        for chunk in [*reply.opening(), *reply.chunks(first[1], first[0])]:
-            yield event(chunk)
+        yield b"".join(map(event, reply.opening())) + reply.events(first[1], first[0])
         async for index, step in steps:
-            for chunk in reply.chunks(step, index):
-                yield event(chunk)
+            if data := reply.events(step, index):
+                yield data
     except Exception as error:
         yield event(to_api_error(error).to_json())
     yield b"data: [DONE]\n\n"

@@ -107,10 +107,9 @@ class Job:
         """Tokens that may still be generated."""
         return self._room - self.n_gen
 
-    def sample(self, logits: Logits) -> Step:
-        """Choose the token after ``text``, float32 [vocab] being the logits there."""
+    def push(self, token_id: int, logprob: float, logits: Logits) -> Step:
+        """Go on by a token, which was chosen by ``logits`` float32 [vocab]."""
         request = self.request
-        token_id, logprob = request.sampler.sample(logits, self.text)
         top = top_logprobs(logits, request.top_logprobs) if request.top_logprobs else ()
         self.text.append(token_id)
         self.n_gen += 1

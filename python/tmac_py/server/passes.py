@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from tmac_py.decoding import Ids, Logits
+from tmac_py.pool import thread_pool
+from tmac_py.sampling import sample_each
 from tmac_py.server.embedding_job import EmbeddingJob
 from tmac_py.server.jobs import CancelledError, Job
 from tmac_py.server.slots import Slot
@@ -54,6 +56,7 @@ class Passes:
         self._model = model
         self._chunk = chunk
         self._n_ctx = n_ctx
+        self._pool = thread_pool(model.threads)
         self.counters = Counters()
 
     def read(self, slot: Slot, job: Job, part: Ids) -> None:
@@ -74,7 +77,7 @@ class Passes:
             self.free(slot, error)
             return
         if len(slot.held) == len(job.text):
-            self._sample(slot, job, rows)
+            self._sample(slot, rows)
 
     def decode(self, slots: Sequence[Slot]) -> None:
         """Compute the next token of several answers.
@@ -93,10 +96,9 @@ class Passes:
                 self.decode([slot])
             return
         self._count_decode(len(parts), len(parts), perf_counter() - started)
-        for slot, ids, row in zip(slots, parts, rows, strict=True):
+        for slot, ids in zip(slots, parts, strict=True):
             slot.grow(ids)
-            if slot.job is not None:
-                self._sample(slot, slot.job, row)
+        self._sample_each(slots, rows)
 
     def decode_alone(self, slot: Slot, job: Job) -> None:
         """As :meth:`decode` for one answer while there is no other: several tokens, if guesses are
@@ -116,7 +118,7 @@ class Passes:
         speculation.length.timed(len(ids), seconds)
         slot.grow(ids)
         for row, expected in zip(rows, [*guessed, None], strict=True):
-            if job.cancelled or self._sample(slot, job, row) != expected:
+            if job.cancelled or self._sample(slot, row) != expected:
                 break
         slot.rewind(min(len(slot.held), len(job.text) - 1))
         tokens = job.text[known:]
@@ -152,12 +154,33 @@ class Passes:
         if job is not None:
             self.end(job, error)
 
-    def _sample(self, slot: Slot, job: Job, row: Logits) -> int | None:
+    def _sample(self, slot: Slot, row: Logits) -> int | None:
         """Choose the next token of an answer; None if there is none after it."""
+        [token] = self._sample_each([slot], [row])
+        return token
+
+    def _sample_each(self, slots: Sequence[Slot], rows: Sequence[Logits]) -> list[int | None]:
+        """The same for several answers. All are chosen before the first client is told."""
+        jobs = [slot.job for slot in slots if slot.job is not None]
+        chosen = sample_each(
+            [job.request.sampler for job in jobs], rows, [job.text for job in jobs], self._pool
+        )
+        return [
+            self._push(slot, job, row, one)
+            for slot, job, row, one in zip(slots, jobs, rows, chosen, strict=True)
+        ]
+
+    def _push(
+        self, slot: Slot, job: Job, row: Logits, chosen: tuple[int, float] | Exception
+    ) -> int | None:
+        """Tell the client of a token, or why there is none."""
         if job.cancelled:
             return None
+        if isinstance(chosen, Exception):
+            self.free(slot, chosen)
+            return None
         try:
-            step = job.sample(row)
+            step = job.push(*chosen, row)
         except Exception as error:
             self.free(slot, error)
             return None

@@ -12,6 +12,7 @@ from tmac_py.server.embedding_job import EmbeddingJob
 from tmac_py.server.engine import Engine
 from tmac_py.server.errors import ApiError
 from tmac_py.server.jobs import Job
+from tmac_py.server.post import Post
 
 T = TypeVar("T")
 
@@ -20,7 +21,11 @@ Submit = Callable[[Callable[[T | Exception], None]], Job | EmbeddingJob]
 
 
 async def engine_events(
-    engine: Engine, request: HttpRequest, seconds: float, submits: Sequence[Submit[T]]
+    engine: Engine,
+    post: Post,
+    request: HttpRequest,
+    seconds: float,
+    submits: Sequence[Submit[T]],
 ) -> AsyncGenerator[tuple[int, T], None]:
     """What the jobs of one request tell, each with the number of the job; without end.
 
@@ -28,6 +33,7 @@ async def engine_events(
 
     Args:
         engine: what computes them.
+        post: brings what they tell to the running loop.
         request: the client's.
         seconds: after these it ends with an error.
         submits: what begins the jobs.
@@ -42,7 +48,7 @@ async def engine_events(
 
     def teller(index: int) -> Callable[[T | Exception], None]:
         def tell(item: T | Exception) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, (index, item))
+            post.send(events, (index, item))
 
         return tell
 
