@@ -5,6 +5,7 @@ Logits are compared with transformers in test_families.py.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,40 @@ def test_every_way_through_a_layer_gives_the_same_bits(tmp_path: Path, tables: A
 def test_experts_of_other_bits_do_not_share_inputs(tmp_path: Path, tables: Any) -> None:
     """With int8 tables 1 bit is always looked up, so these experts and others are run apart."""
     assert_same_bits(lut(tmp_path, bits_for=((r"experts\.[02]\.", 1),)), tables)
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("tables", ["int8", "exact", "exact8"])
+def test_experts_that_are_alike_give_the_bits_of_one(
+    tmp_path: Path, tables: Any, group_size: int
+) -> None:
+    """Wherever the inputs of a token are copied to. Tokens choose by their sign: of each pass about
+    half, more than look up tables."""
+    config = replace(CONFIG, hidden_size=256, intermediate_size=192, moe_intermediate_size=192,
+                     num_experts=2, num_experts_per_tok=1, dense_layers=(),
+                     max_position_embeddings=1024)  # fmt: skip
+    dense = replace(config, num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0,
+                    norm_topk_prob=False)  # fmt: skip
+    weights = weights_of(dense)
+    weights["model.embed_tokens.weight"][:, 0] = np.resize([20, -20], SMALL.vocab_size)
+    router = np.zeros((2, 256), np.float32)
+    router[:, 0] = 1, -1
+    alike = {
+        name: router if name.endswith(".mlp.gate.weight")
+        else weights[re.sub(r"experts\.\d\.", "", name)]
+        for name in config.tensor_shapes()
+    }  # fmt: skip
+    logits = []
+    ids = np.random.default_rng(2).integers(0, SMALL.vocab_size, 601).astype(np.int32)
+    for name, tensors, settings in (
+        ("dense", weights, {**config_json(dense), "model_type": "qwen3"}),
+        ("alike", alike, config_json(config)),
+    ):
+        convert(write_hf(tmp_path / name / "m", tensors, settings), tmp_path / f"{name}.lut",
+                bits=4, group_size=group_size)  # fmt: skip
+        with Model.load(tmp_path / f"{name}.lut", threads=2, tables=tables) as model:
+            logits.append(model.logits(ids))
+    assert np.array_equal(*logits)
 
 
 @pytest.mark.parametrize("act_order", [False, True])

@@ -53,7 +53,8 @@ struct Activations {
             {weights.embed_tokens.spec.k, config.n_heads * config.head_dim, intermediate})),
         normed(threads * widest),
         attention(config, threads, n_ctx),
-        inputs(config.tables, max_regions, tokens, threads),
+        inputs(config.tables, max_regions, tokens, threads, most_experts(weights) > 0 ? tokens : 0,
+               most_experts(weights) > 0 ? wave_room(config, weights).blocks : 0),
         down_inputs(config.tables, max_regions, tokens, threads,
                     most_slots(config, weights, tokens)),
         probabilities(threads * most_experts(weights)),
@@ -84,6 +85,11 @@ struct Activations {
                             int64_t tokens) {
     if (most_experts(weights) == 0) return 0;
     return std::min(tokens, kTableTokens) * config.experts_per_token;
+  }
+
+  // Of experts.
+  WaveRoom wave_room(const DecoderConfig& config, const DecoderWeights& weights) const {
+    return {feed_forward_rows, most_slots(config, weights, tokens), RowBlocks{tokens}.n_blocks()};
   }
 
   Inputs& head_inputs() { return own_head_inputs ? *own_head_inputs : inputs; }

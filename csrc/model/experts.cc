@@ -11,10 +11,12 @@ void Decoder::Pass::mix_experts(size_t layer) {
   const LayerWeights& w = weights.layers[layer];
   const LayerPlans& plans = model.plans_[layer];
   ExpertSlots& slots = a.slots[layer];
-  const bool together = n <= kTableTokens && plans.feed_forwards.size() == 1;
-  route(w, plans, together, &slots);
-  if (together) {
-    run_experts_together(w, plans.feed_forwards[0], slots);
+  route(w, plans, &slots);
+  if (plans.feed_forwards.size() == 1) {
+    if (n > kTableTokens) build_shared_inputs(w, plans.feed_forwards[0].gate_up, slots);
+    for (size_t wave = 0; wave + 1 < slots.waves.size(); ++wave) {
+      run_wave(w, plans.feed_forwards[0], slots, wave);
+    }
   } else {
     for (size_t group = 0; group < slots.used.size(); ++group) run_expert(w, plans, slots, group);
     team.parallel_for(n, [&](int64_t begin, int64_t end) {
@@ -23,12 +25,12 @@ void Decoder::Pass::mix_experts(size_t layer) {
   }
 }
 
-// Chooses the experts of each token; builds the tables of all tokens if experts share them. The
+// Chooses the experts of each token; builds the tables of few tokens if experts share them. The
 // slots of a layer stay as they are until the job is done: a thread that comes late to it counts
 // its phases by them.
-void Decoder::Pass::route(const LayerWeights& w, const LayerPlans& plans, bool builds_inputs,
-                          ExpertSlots* slots) {
+void Decoder::Pass::route(const LayerWeights& w, const LayerPlans& plans, ExpertSlots* slots) {
   const int64_t experts = a.router.experts();
+  const bool builds_inputs = plans.feed_forwards.size() == 1 && n <= kTableTokens;
   const InputPlan& plan = plans.feed_forwards[0].gate_up;
   norm_tokens(
       a.x.data(), w.feed_forward_norm, hidden, n, [](int64_t t) { return t; },
@@ -46,56 +48,116 @@ void Decoder::Pass::route(const LayerWeights& w, const LayerPlans& plans, bool b
       std::fill_n(a.mixed.data() + t * hidden, hidden, 0.0f);
     }
   });
-  team.parallel_for(1, [&](int64_t, int64_t) { a.router.fill(n, slots); });
+  team.parallel_for(
+      1, [&](int64_t, int64_t) { a.router.fill(n, a.wave_room(config, weights), slots); });
 }
 
-// All experts of few tokens, whose tables they share: two phases whatever their number.
-void Decoder::Pass::run_experts_together(const LayerWeights& w, const FeedForwardPlans& plans,
-                                         const ExpertSlots& slots) {
-  const int64_t width = w.feed_forwards[0].gate.spec.m;
-  const int64_t n_tiles = w.feed_forwards[0].gate.spec.n_tiles();
-  const bool build_now = a.down_inputs.builds_early(plans.down, n);
-  const int64_t at_once = plans.gate_up.weights_at_once(n) / kTileRows;
-  const int64_t pieces = ceil_div(n_tiles, at_once);
-  const auto groups = static_cast<int64_t>(slots.used.size());
-  team.parallel_for(groups * pieces, [&](int64_t begin, int64_t end) {
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const auto group = static_cast<size_t>(piece / pieces);
-      const FeedForward& f = w.feed_forwards[slots.used[group]];
-      const int64_t tile = piece % pieces * at_once, tile_end = std::min(tile + at_once, n_tiles);
-      const int64_t row = tile * kTileRows, row_end = std::min(tile_end * kTileRows, width);
-      const int64_t first = slots.first[group], count = slots.count(group);
-      const int32_t* tokens = slots.token.data() + first;
-      look_up_tiles(f.gate, a.inputs, plans.gate_up, 0, tokens, count, tile, tile_end,
-                    a.gate.data() + first * width, width);
-      look_up_tiles(f.up, a.inputs, plans.gate_up, 1, tokens, count, tile, tile_end,
-                    a.up.data() + first * width, width);
-      for (int64_t slot = first; slot < first + count; ++slot) {
-        float* gate = a.gate.data() + slot * width;
-        activate(gate + row, a.up.data() + slot * width + row, row_end - row);
-        if (build_now) a.down_inputs.build_weights(plans.down, n, slot, row, row_end, gate);
+// The integers of all tokens, which experts gather, and the tables that those of few tokens read.
+void Decoder::Pass::build_shared_inputs(const LayerWeights& w, const InputPlan& plan,
+                                        const ExpertSlots& slots) {
+  norm_tokens(
+      a.x.data(), w.feed_forward_norm, hidden, n, [](int64_t t) { return t; },
+      [&](int64_t t, int64_t part, int64_t parts, const float* normed) {
+        build_part(plan, a.inputs, n, t, part, parts, normed);
+        if (slots.looks_up[static_cast<size_t>(t)] != 0) {
+          build_part(plan, a.inputs, {1, t}, 0, part, parts, normed);
+        }
+      });
+}
+
+// The integers of the groups [begin, end) that multiply them, behind those of all tokens.
+void Decoder::Pass::gather_inputs(const InputPlan& plan, const ExpertSlots& slots, size_t begin,
+                                  size_t end) {
+  int64_t blocks = 0;
+  for (size_t group = begin; group < end; ++group) {
+    if (slots.count(group) <= kTableTokens) continue;
+    blocks = slots.inputs_at[group] + RowBlocks{slots.count(group)}.n_blocks();
+  }
+  team.parallel_for(blocks, [&](int64_t first, int64_t last) {
+    for (size_t group = begin; group < end; ++group) {
+      const TokenSet tokens = slots.inputs(group);
+      if (tokens.n <= kTableTokens) continue;
+      const int32_t* chosen = slots.token.data() + slots.first[group];
+      const int64_t from = std::max<int64_t>(first - tokens.first, 0);
+      const int64_t to = std::min(last - tokens.first, RowBlocks{tokens.n}.n_blocks());
+      for (int64_t block = from; block < to; ++block) {
+        a.inputs.gather_block(plan, n, chosen, behind_all(tokens), block);
       }
     }
   });
-  if (!build_now) {
-    const int64_t n_regions = plans.down.regions(n).size();
-    team.parallel_for(n * a.router.per_token(), [&](int64_t begin, int64_t end) {
-      for (int64_t slot = begin; slot < end; ++slot) {
-        a.down_inputs.build(plans.down, n, slot, 0, n_regions, a.gate.data() + slot * width);
+}
+
+// Some experts, which share the inputs of tokens: few phases whatever their number.
+void Decoder::Pass::run_wave(const LayerWeights& w, const FeedForwardPlans& plans,
+                             const ExpertSlots& slots, size_t wave) {
+  const size_t begin_group = slots.waves[wave], end_group = slots.waves[wave + 1];
+  const int64_t begin_slot = slots.first[begin_group];
+  const int64_t width = w.feed_forwards[0].gate.spec.m;
+  const int64_t n_tiles = w.feed_forwards[0].gate.spec.n_tiles();
+  const bool build_now =
+      a.down_inputs.builds_early(plans.down, 1) && a.down_inputs.builds_early(plans.down, n);
+  const int64_t at_once = plans.gate_up.weights_at_once(n) / kTileRows;
+  const int64_t pieces = ceil_div(n_tiles, at_once);
+  const auto groups = static_cast<int64_t>(end_group - begin_group);
+  gather_inputs(plans.gate_up, slots, begin_group, end_group);
+  team.parallel_for(groups * pieces, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const size_t group = begin_group + static_cast<size_t>(piece / pieces);
+      const FeedForward& f = w.feed_forwards[slots.used[group]];
+      const int64_t tile = piece % pieces * at_once, tile_end = std::min(tile + at_once, n_tiles);
+      const int64_t row = tile * kTileRows, row_end = std::min(tile_end * kTileRows, width);
+      const TokenSet inputs = slots.inputs(group);
+      const int64_t first = (slots.first[group] - begin_slot) * width;
+      float* gate = a.gate.data() + first;
+      float* up = a.up.data() + first;
+      if (inputs.n <= kTableTokens) {
+        const int32_t* tokens = slots.token.data() + slots.first[group];
+        look_up_tiles(f.gate, a.inputs, plans.gate_up, 0, tokens, inputs.n, tile, tile_end, gate,
+                      width);
+        look_up_tiles(f.up, a.inputs, plans.gate_up, 1, tokens, inputs.n, tile, tile_end, up,
+                      width);
+      } else {
+        const TokenSet gathered = behind_all(inputs);
+        multiply_tiles(team, f.gate, a.inputs, plans.gate_up, 0, gathered, tile, tile_end, gate,
+                       width);
+        multiply_tiles(team, f.up, a.inputs, plans.gate_up, 1, gathered, tile, tile_end, up, width);
       }
-    });
-  }
-  for_tiles(team, ceil_div(hidden, kTileRows), 1, [&](int64_t begin, int64_t end) {
-    const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, hidden);
-    for (size_t group = 0; group < slots.used.size(); ++group) {
-      const int64_t first = slots.first[group];
-      look_up_tiles(w.feed_forwards[slots.used[group]].down, a.down_inputs, plans.down, 0,
-                    a.router.numbers() + first, slots.count(group), begin, end,
-                    a.delta.data() + first * hidden, hidden);
-      add_weighed(slots, group, first, row, row_end);
+      for (int64_t t = 0; t < inputs.n; ++t, gate += width, up += width) {
+        activate(gate + row, up + row, row_end - row);
+        if (build_now) a.down_inputs.build_weights(plans.down, inputs, t, row, row_end, gate);
+      }
     }
-    for (int64_t t = 0; t < n; ++t) {
-      isa.add(a.x.data() + t * hidden + row, a.mixed.data() + t * hidden + row, row_end - row);
+  });
+  if (!build_now) build_down_inputs(plans.down, slots, begin_group, end_group);
+  const bool last = wave + 2 == slots.waves.size();
+  for_tiles(team, ceil_div(hidden, kTileRows), plans.down.tiles_at_once(n),
+            [&](int64_t begin, int64_t end) {
+              const int64_t row = begin * kTileRows, row_end = std::min(end * kTileRows, hidden);
+              for (size_t group = begin_group; group < end_group; ++group) {
+                const int64_t first = slots.first[group] - begin_slot;
+                multiply_tiles(team, w.feed_forwards[slots.used[group]].down, a.down_inputs,
+                               plans.down, 0, slots.inputs(group), begin, end,
+                               a.delta.data() + first * hidden, hidden);
+                add_weighed(slots, group, first, row, row_end);
+              }
+              for (int64_t t = 0; last && t < n; ++t) {
+                isa.add(a.x.data() + t * hidden + row, a.mixed.data() + t * hidden + row,
+                        row_end - row);
+              }
+            });
+}
+
+// Where gate and up do not build them part by part.
+void Decoder::Pass::build_down_inputs(const InputPlan& plan, const ExpertSlots& slots, size_t begin,
+                                      size_t end) {
+  const int64_t begin_slot = slots.first[begin];
+  team.parallel_for(slots.first[end] - begin_slot, [&](int64_t first, int64_t last) {
+    size_t group = begin;
+    for (int64_t i = first; i < last; ++i) {
+      while (begin_slot + i >= slots.first[group + 1]) ++group;
+      const TokenSet inputs = slots.inputs(group);
+      a.down_inputs.build(plan, inputs, begin_slot + i - slots.first[group], 0,
+                          plan.regions(inputs.n).size(), a.gate.data() + i * plan.k());
     }
   });
 }

@@ -67,7 +67,7 @@ struct Decoder::Pass {
   template <typename TokenAt>
   void norm_into_inputs(const float* x, const float* weight, int64_t width, const InputPlan& plan,
                         Inputs& inputs, int64_t count, const TokenAt& token_at);
-  void build_part(const InputPlan& plan, Inputs& inputs, int64_t count, int64_t token, int64_t part,
+  void build_part(const InputPlan& plan, Inputs& inputs, TokenSet set, int64_t token, int64_t part,
                   int64_t parts, const float* x);
   void norm_into_inputs(const float* x, const float* weight, int64_t width, const InputPlan& plan,
                         Inputs& inputs);
@@ -88,10 +88,16 @@ struct Decoder::Pass {
   void activate(float* gate, const float* up, int64_t size) const;
   // experts.cc
   void mix_experts(size_t layer);
-  void route(const LayerWeights& w, const LayerPlans& plans, bool builds_inputs,
-             ExpertSlots* slots);
-  void run_experts_together(const LayerWeights& w, const FeedForwardPlans& plans,
-                            const ExpertSlots& slots);
+  void route(const LayerWeights& w, const LayerPlans& plans, ExpertSlots* slots);
+  void build_shared_inputs(const LayerWeights& w, const InputPlan& plan, const ExpertSlots& slots);
+  void run_wave(const LayerWeights& w, const FeedForwardPlans& plans, const ExpertSlots& slots,
+                size_t wave);
+  void gather_inputs(const InputPlan& plan, const ExpertSlots& slots, size_t begin, size_t end);
+  void build_down_inputs(const InputPlan& plan, const ExpertSlots& slots, size_t begin, size_t end);
+  // Integers that stand behind those of all tokens.
+  TokenSet behind_all(TokenSet gathered) const {
+    return {gathered.n, RowBlocks{n}.n_blocks() + gathered.first};
+  }
   void run_expert(const LayerWeights& w, const LayerPlans& layer_plans, const ExpertSlots& slots,
                   size_t group);
   void add_weighed(const ExpertSlots& slots, size_t group, int64_t first_delta, int64_t begin,
@@ -163,10 +169,10 @@ void Decoder::Pass::norm_into_inputs(const float* x, const float* weight, int64_
 }
 
 // One of the parts of the inputs of a token, from all of x.
-inline void Decoder::Pass::build_part(const InputPlan& plan, Inputs& inputs, int64_t count,
+inline void Decoder::Pass::build_part(const InputPlan& plan, Inputs& inputs, TokenSet set,
                                       int64_t token, int64_t part, int64_t parts, const float* x) {
-  const int64_t n_regions = plan.regions(count).size();
-  inputs.build(plan, count, token, n_regions * part / parts, n_regions * (part + 1) / parts, x);
+  const int64_t n_regions = plan.regions(set.n).size();
+  inputs.build(plan, set, token, n_regions * part / parts, n_regions * (part + 1) / parts, x);
 }
 
 }  // namespace tmac

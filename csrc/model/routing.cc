@@ -1,7 +1,6 @@
 #include "model/routing.h"
 
 #include <algorithm>
-#include <numeric>
 
 #include "core/exponential.h"
 
@@ -12,10 +11,7 @@ Router::Router(int64_t tokens, int64_t experts, int64_t per_token)
       per_token_(per_token),
       logits_(static_cast<size_t>(tokens * experts)),
       chosen_(static_cast<size_t>(tokens * per_token)),
-      weight_(chosen_.size()),
-      numbers_(chosen_.size()) {
-  std::iota(numbers_.begin(), numbers_.end(), 0);
-}
+      weight_(chosen_.size()) {}
 
 void Router::choose(int64_t token, bool normalize, double* scratch) {
   const float* scores = logits(token);
@@ -42,7 +38,30 @@ void Router::choose(int64_t token, bool normalize, double* scratch) {
   for (int64_t i = 0; i < per_token_; ++i) weight[i] = static_cast<float>(scratch[best[i]] / sum);
 }
 
-void Router::fill(int64_t n, ExpertSlots* slots) const {
+namespace {
+
+// Cuts the groups into waves.
+void share_room(const WaveRoom& room, ExpertSlots* slots) {
+  slots->waves.assign(1, 0);
+  slots->inputs_at.clear();
+  WaveRoom rest = room;
+  for (size_t group = 0; group < slots->used.size(); ++group) {
+    const int64_t count = slots->count(group);
+    const bool looks_up = count <= kTableTokens;
+    const WaveRoom need{count, looks_up ? count : 0, looks_up ? 0 : RowBlocks{count}.n_blocks()};
+    if (need.slots > rest.slots || need.tables > rest.tables || need.blocks > rest.blocks) {
+      slots->waves.push_back(group);
+      rest = room;
+    }
+    slots->inputs_at.push_back(looks_up ? room.tables - rest.tables : room.blocks - rest.blocks);
+    rest = {rest.slots - need.slots, rest.tables - need.tables, rest.blocks - need.blocks};
+  }
+  slots->waves.push_back(slots->used.size());
+}
+
+}  // namespace
+
+void Router::fill(int64_t n, const WaveRoom& room, ExpertSlots* slots) const {
   const auto size = static_cast<size_t>(n * per_token_);
   std::vector<int64_t> next(static_cast<size_t>(experts_));  // slots of an expert, then its next
   for (size_t i = 0; i < size; ++i) ++next[static_cast<size_t>(chosen_[i])];
@@ -65,6 +84,14 @@ void Router::fill(int64_t n, ExpertSlots* slots) const {
     const auto at = static_cast<size_t>(next[static_cast<size_t>(chosen_[i])]++);
     slots->token[at] = static_cast<int32_t>(static_cast<int64_t>(i) / per_token_);
     slots->weight[at] = weight_[i];
+  }
+  share_room(room, slots);
+  slots->looks_up.assign(static_cast<size_t>(n), 0);
+  for (size_t group = 0; group < slots->used.size(); ++group) {
+    if (slots->count(group) > kTableTokens) continue;
+    for (int64_t i = slots->first[group]; i < slots->first[group + 1]; ++i) {
+      slots->looks_up[static_cast<size_t>(slots->token[static_cast<size_t>(i)])] = 1;
+    }
   }
 }
 

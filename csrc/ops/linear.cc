@@ -48,16 +48,16 @@ void look_up_tiles(const Linear& w, Inputs& inputs, const InputPlan& plan, size_
 }
 
 void multiply_tiles(const Team& team, const Linear& w, Inputs& inputs, const InputPlan& plan,
-                    size_t reader, int64_t n_tokens, int64_t tile_begin, int64_t tile_end, float* y,
+                    size_t reader, TokenSet tokens, int64_t tile_begin, int64_t tile_end, float* y,
                     int64_t stride) {
-  const int64_t first_region = plan.regions(n_tokens).first(reader);
-  if (plan.reads_tables(n_tokens)) {
+  const int64_t first_region = plan.regions(tokens.n).first(reader);
+  if (plan.reads_tables(tokens.n)) {
     look_up(
-        w, inputs, first_region, [](int64_t i) { return i; }, n_tokens, tile_begin, tile_end, y,
-        stride);
+        w, inputs, first_region, [&](int64_t i) { return tokens.first + i; }, tokens.n, tile_begin,
+        tile_end, y, stride);
     return;
   }
-  const RowView view = inputs.rows().view(plan, n_tokens, first_region);
+  const RowView view = inputs.rows().view(plan, tokens, first_region);
   const auto kind = static_cast<size_t>(inputs.tables());
   const auto multiply = w.spec.ternary() ? kernels().multiply_ternary_rows[kind]
                                          : kernels().multiply_rows[kind][w.spec.bits - 1];

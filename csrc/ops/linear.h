@@ -8,10 +8,10 @@
 
 namespace tmac {
 
-// y[t, 32 * tile...] = w . x_t for the tiles [tile_begin, tile_end) and t < n_tokens, where w is a
+// y[t, 32 * tile...] = w . x_t for the tiles [tile_begin, tile_end) and t < tokens.n, where w is a
 // reader of the plan that the inputs were built for. Rows of y are `stride` apart.
 void multiply_tiles(const Team& team, const Linear& w, Inputs& inputs, const InputPlan& plan,
-                    size_t reader, int64_t n_tokens, int64_t tile_begin, int64_t tile_end, float* y,
+                    size_t reader, TokenSet tokens, int64_t tile_begin, int64_t tile_end, float* y,
                     int64_t stride);
 
 // The same for the tables of tokens[0 .. n_tokens), at most kTableTokens of those that the inputs
