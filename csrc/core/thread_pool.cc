@@ -81,13 +81,15 @@ void Event::wait_past(uint32_t old, int spins) {
   parked_.fetch_sub(1);
 }
 
+// Three quarters of an equal share of the rest: where a run begins, weights are not yet on their
+// way from memory, so there are few of them.
 bool Team::claim(int64_t n, int64_t* begin, int64_t* end) {
   uint64_t word = shared_->claims.load(std::memory_order_acquire);
   int64_t at, size;
   do {
     at = static_cast<int64_t>(word & 0xffffffffu);
     if (static_cast<uint32_t>(word >> 32) != phase_ || at >= n) return false;
-    size = threads_ == 1 ? n : std::max<int64_t>(1, (n - at) / (2 * threads_));
+    size = threads_ == 1 ? n : std::max<int64_t>(1, (n - at) * 3 / (4 * threads_));
   } while (!shared_->claims.compare_exchange_weak(word, claim_word(phase_, at + size),
                                                   std::memory_order_acq_rel));
   *begin = at;
