@@ -59,6 +59,16 @@ def test_an_error_stays_with_its_sequence() -> None:
     assert sample_each([], [], [], thread_pool(2)) == []
 
 
+def test_logits_are_arrays_and_no_copies_of_something_else() -> None:
+    class Copied:
+        def __array__(self, *_: object, **__: object) -> Logits:
+            return np.zeros(40_000, np.float32)
+
+    for row in (Copied(), [0.0, 1.0], None):
+        with pytest.raises(TypeError):
+            sample_each([Sampler(SamplingParams())], [row], [[]], thread_pool(1))  # type: ignore[list-item]
+
+
 def test_one_sampler_is_of_one_sequence() -> None:
     sampler, row = Sampler(SamplingParams()), np.zeros(3, np.float32)
     with pytest.raises(OptionError, match="two rows must not have the same sampler"):

@@ -1,6 +1,7 @@
 #include "model/sampler.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include "bindings/linear.h"
 
@@ -17,20 +18,18 @@ const float* logits_data(const py::array& logits) {
   return array_data<float>(logits, "logits", {logits.size()}, "float32");
 }
 
+// Holds the sampler and the logits, whatever becomes of the list that they come in; and recent.
+using Row = std::tuple<py::object, py::array, std::vector<int32_t>>;
+
 // Tokens as (id, log probability), errors as their texts.
-py::list choose_each(const py::list& rows, ThreadPool& pool) {
-  std::vector<py::tuple> held;  // what is in use must live on, whatever becomes of the list
+py::list choose_each(const std::vector<Row>& rows, ThreadPool& pool) {
   std::vector<SampledRow> sampled;
-  for (const py::handle& item : rows) {
-    held.push_back(item.cast<py::tuple>());
-    check_argument(held.back().size() == 3, "a row must be (sampler, logits, recent)");
-    auto* sampler = held.back()[0].cast<Sampler*>();
+  for (const auto& [object, logits, recent] : rows) {
+    auto* sampler = &object.cast<Sampler&>();
     const auto same = [&](const SampledRow& row) { return row.sampler == sampler; };
     check_argument(std::none_of(sampled.begin(), sampled.end(), same),
                    "two rows must not have the same sampler");
-    const auto logits = held.back()[1].cast<py::array>();
-    sampled.push_back(
-        {sampler, logits_data(logits), logits.size(), held.back()[2].cast<std::vector<int32_t>>()});
+    sampled.push_back({sampler, logits_data(logits), logits.size(), recent});
   }
   {
     py::gil_scoped_release release;
