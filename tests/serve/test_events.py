@@ -96,6 +96,7 @@ def test_nothing_sent_is_lost() -> None:
 def test_a_loop_that_has_ended_is_an_error_each_time() -> None:
     loop = asyncio.new_event_loop()
     post, queue = Post(loop), asyncio.Queue[int]()
+    post.send(queue, 0)  # it never comes round to this
     loop.close()
     for _ in range(2):
         with pytest.raises(RuntimeError):

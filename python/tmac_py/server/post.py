@@ -27,7 +27,7 @@ class Post:
     def send(self, queue: asyncio.Queue[T], item: T) -> None:
         """Put ``item`` into ``queue``; from any thread. RuntimeError if the loop has ended."""
         self._sent.append((queue, item))
-        if not self._woken:
+        if not self._woken or self.loop.is_closed():  # it may end before it comes round
             self._woken = True
             try:
                 self.loop.call_soon_threadsafe(self._deliver)
