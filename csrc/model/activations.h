@@ -38,7 +38,8 @@ struct Activations {
         threads(n_threads),
         n_ctx(max_ctx),
         x(tokens * weights.embed_tokens.spec.k),
-        feed_forward_rows(std::max(tokens, most_slots(config, weights, tokens))),
+        wave_room(room_of_experts(config, weights, tokens)),
+        feed_forward_rows(std::max(tokens, wave_room.slots)),
         delta(feed_forward_rows * weights.embed_tokens.spec.k),
         q(tokens * config.n_heads * config.head_dim),
         k(tokens * config.n_kv_heads * config.head_dim),
@@ -53,10 +54,9 @@ struct Activations {
             {weights.embed_tokens.spec.k, config.n_heads * config.head_dim, intermediate})),
         normed(threads * widest),
         attention(config, threads, n_ctx),
-        inputs(config.tables, max_regions, tokens, threads, most_experts(weights) > 0 ? tokens : 0,
-               most_experts(weights) > 0 ? wave_room(config, weights).blocks : 0),
-        down_inputs(config.tables, max_regions, tokens, threads,
-                    most_slots(config, weights, tokens)),
+        inputs(config.tables, max_regions, tokens, threads, wave_room.slots > 0 ? tokens : 0,
+               wave_room.blocks),
+        down_inputs(config.tables, max_regions, tokens, threads, wave_room.tables),
         probabilities(threads * most_experts(weights)),
         router(tokens, most_experts(weights), config.experts_per_token),
         slots(weights.layers.size()) {
@@ -80,22 +80,19 @@ struct Activations {
     }
     return static_cast<int64_t>(most);
   }
-  // Tokens of experts whose tables are there together.
-  static int64_t most_slots(const DecoderConfig& config, const DecoderWeights& weights,
-                            int64_t tokens) {
-    if (most_experts(weights) == 0) return 0;
-    return std::min(tokens, kTableTokens) * config.experts_per_token;
-  }
-
-  // Of experts.
-  WaveRoom wave_room(const DecoderConfig& config, const DecoderWeights& weights) const {
-    return {feed_forward_rows, most_slots(config, weights, tokens), RowBlocks{tokens}.n_blocks()};
+  // None if there are no experts.
+  static WaveRoom room_of_experts(const DecoderConfig& config, const DecoderWeights& weights,
+                                  int64_t tokens) {
+    if (most_experts(weights) == 0) return {};
+    const int64_t tables = std::min(tokens, kTableTokens) * config.experts_per_token;
+    return {std::max(tokens, tables), tables, RowBlocks{tokens}.n_blocks()};
   }
 
   Inputs& head_inputs() { return own_head_inputs ? *own_head_inputs : inputs; }
 
   int64_t tokens, threads, n_ctx;
   AlignedBuffer<float> x;               // [tokens, hidden] the residual stream
+  WaveRoom wave_room;                   // of experts
   int64_t feed_forward_rows;            // tokens, or tokens of experts worked on together
   AlignedBuffer<float> delta;           // [feed_forward_rows, hidden] what a product adds to it
   AlignedBuffer<float> mixed;           // [tokens, hidden] the sum of the experts, if there are any

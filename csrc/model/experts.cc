@@ -48,8 +48,7 @@ void Decoder::Pass::route(const LayerWeights& w, const LayerPlans& plans, Expert
       std::fill_n(a.mixed.data() + t * hidden, hidden, 0.0f);
     }
   });
-  team.parallel_for(
-      1, [&](int64_t, int64_t) { a.router.fill(n, a.wave_room(config, weights), slots); });
+  team.parallel_for(1, [&](int64_t, int64_t) { a.router.fill(n, a.wave_room, slots); });
 }
 
 // The integers of all tokens, which experts gather, and the tables that those of few tokens read.

@@ -36,7 +36,6 @@ class Router {
   Router(int64_t tokens, int64_t experts, int64_t per_token);
 
   int64_t experts() const { return experts_; }
-  int64_t per_token() const { return per_token_; }
   // [experts] of a token, to be filled.
   float* logits(int64_t token) { return logits_.data() + token * experts_; }
   // The `per_token` experts with the largest logits (of equal ones the first), and their weights:

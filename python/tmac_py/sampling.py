@@ -148,11 +148,6 @@ class Sampler:
             increment=divmod(increment, 1 << 64),
         )
 
-    @property
-    def has_processors(self) -> bool:
-        """Whether functions of the caller change the logits first."""
-        return bool(self._processors)
-
     def sample(self, logits: Logits, history: Sequence[int] = ()) -> tuple[int, float]:
         """The next token.
 
@@ -257,7 +252,7 @@ def sample_each(
     wanted = [
         (sampler._core, row, sampler._recent(history))
         for sampler, row, history in zip(samplers, rows, histories, strict=True)
-        if not sampler.has_processors
+        if not sampler._processors
     ]
     try:
         found = iter(_core.sample_rows(wanted, pool))
@@ -265,7 +260,7 @@ def sample_each(
         raise OptionError(str(error)) from error
     results: list[tuple[int, float] | Exception] = []
     for sampler, row, history in zip(samplers, rows, histories, strict=True):
-        if not sampler.has_processors:
+        if not sampler._processors:
             token = next(found)
             results.append(TmacError(token) if isinstance(token, str) else token)
             continue
