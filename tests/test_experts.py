@@ -97,7 +97,7 @@ def test_routers_are_kept_as_floats(tmp_path: Path) -> None:
 
 
 def assert_same_bits(path: Path, tables: Any) -> None:
-    """One token, a few that share experts' tiles, many expert by expert; several threads."""
+    """One token, a few, many in waves of experts; several threads."""
     with Model.load(path, threads=1, tables=tables) as model:
         steps = logits_in_pieces(model, IDS, 1)
         assert np.array_equal(logits_in_pieces(model, IDS, 7), steps)
