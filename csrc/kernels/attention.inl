@@ -60,7 +60,7 @@ struct Reach {
   template <typename S, int64_t kBytes>
   void fetch(const uint8_t* from, int64_t index) const {
     constexpr int64_t kLine = 64, kPieces = kBytes < kLine ? kLine / kBytes : 1;
-    if (index % kPieces != 0) return;
+    if (far == 0 || index % kPieces != 0) return;
     for (int64_t i = 0; i < kBytes; i += kLine) {
       S::prefetch(from + far + index * kBytes + i);
       S::prefetch_near(from + near + index * kBytes + i);
