@@ -4,7 +4,7 @@
 // out[i] = dimension d + i of the keys of S::kFloats positions from `lane` on, d a multiple of 4;
 // `keys` begin at the block. Values: out = a whole group of the vector that begins at `values`.
 struct HalfKv {
-  static constexpr int kBits = 16;
+  static constexpr int kBits = kv_bits(KvType::kF16);
   static constexpr bool kScaled = false;
   template <typename S>
   static void keys(const uint8_t* keys, int64_t d, int64_t lane, typename S::F (&out)[4]) {
@@ -20,7 +20,7 @@ struct HalfKv {
 };
 
 struct Int8Kv {
-  static constexpr int kBits = 8;
+  static constexpr int kBits = kv_bits(KvType::kInt8);
   static constexpr bool kScaled = true;
   static constexpr float kMost = 255;
   static constexpr bool kSearched = false;
@@ -40,7 +40,7 @@ struct Int8Kv {
 };
 
 struct Int4Kv {
-  static constexpr int kBits = 4;
+  static constexpr int kBits = kv_bits(KvType::kInt4);
   static constexpr bool kScaled = true;
   static constexpr float kMost = 15;
   static constexpr bool kSearched = true;
